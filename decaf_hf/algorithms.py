@@ -1,0 +1,183 @@
+"""What mixing does to one agent's adapter: pure functions of its own, the received adapters and their weights.
+
+`dlora` averages the factors A and B apart, as every peer does; the product of the means is not the mean of the
+products (consensus interference). `decaf` averages the products and returns to rank r by a truncated SVD
+(DeCAF, https://arxiv.org/abs/2505.21382). Trainable tensors that are no LoRA pair are averaged as they are.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .lowrank import LoraFactors, product_gram, product_norm, refactor, stack_products, truncated_svd
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One agent's trainable tensors: LoRA pairs by layer, all others by name. Scalings turn `B @ A` into the update."""
+
+    factors: dict[str, LoraFactors]
+    others: dict[str, Tensor]
+    scaling: dict[str, float]
+
+
+class Mixed(NamedTuple):
+    """What mixing returns; the two diagnostics are relative to the norm of the exact mean product."""
+
+    adapter: Adapter
+    interference: float  # |mean(B) mean(A) - mean(B A)|, what averaging the factors would get wrong
+    truncation: float  # the part of the mean product's spectrum that rank r cannot hold
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """One row of the table of algorithms."""
+
+    mix: Callable[..., Adapter] | None  # None: agents never mix
+    freezes_a: bool = False  # A is common, never trained and never sent
+    complete: bool = False  # mixes as a server would: complete graph, weights 1/N, whatever the topology
+    pooled: bool = False  # one adapter on the union of all data
+
+
+def average_factors(own: Adapter, senders: Sequence[Adapter], weights: Sequence[float], **_) -> Adapter:
+    """DLoRA: `A <- sum_j w_j A_j`, `B <- sum_j w_j B_j`; exact when A is common (DLoRA-FA)."""
+    factors = {
+        layer: LoraFactors(
+            _weighted_sum([sender.factors[layer].A for sender in senders], weights),
+            _weighted_sum([sender.factors[layer].B for sender in senders], weights),
+        )
+        for layer in own.factors
+    }
+    return Adapter(factors, _average_others(own, senders, weights), own.scaling)
+
+
+def average_b(own: Adapter, senders: Sequence[Adapter], weights: Sequence[float], **_) -> Adapter:
+    """DLoRA-FA: A is common and stays, `B <- sum_j w_j B_j`, so the mean of the products is exact."""
+    factors = {
+        layer: LoraFactors(pair.A, _weighted_sum([sender.factors[layer].B for sender in senders], weights))
+        for layer, pair in own.factors.items()
+    }
+    return Adapter(factors, _average_others(own, senders, weights), own.scaling)
+
+
+def average_products(
+    own: Adapter, senders: Sequence[Adapter], weights: Sequence[float], *, split: str, align: bool
+) -> Adapter:
+    """DeCAF: `s B A <- TSVD_r(sum_j w_j s_j B_j A_j)`, layers of one shape in one batch."""
+    factors: dict[str, LoraFactors] = {}
+    for layers in layers_by_shape(own):
+        previous = stack_layers(own, layers)
+        L, R = _mean_product(layers, senders, weights)
+        svd = truncated_svd(L, R, previous.A.shape[-2])
+        # The factors leave the scaling out again; it is one number per group (layers_by_shape).
+        svd = svd._replace(S=svd.S / own.scaling[layers[0]])
+        mixed = refactor(svd, previous, split=split, align=align)
+        for index, layer in enumerate(layers):
+            pair = own.factors[layer]
+            factors[layer] = LoraFactors(mixed.A[index].to(pair.A.dtype), mixed.B[index].to(pair.B.dtype))
+    return Adapter(
+        {layer: factors[layer] for layer in own.factors}, _average_others(own, senders, weights), own.scaling
+    )
+
+
+ALGORITHMS = {
+    "local": Algorithm(mix=None),
+    "dlora": Algorithm(mix=average_factors),
+    "dlora-fa": Algorithm(mix=average_b, freezes_a=True),
+    "decaf": Algorithm(mix=average_products),
+    "fedavg": Algorithm(mix=average_factors, complete=True),
+    "flexlora": Algorithm(mix=average_products, complete=True),
+    "centralized": Algorithm(mix=None, pooled=True),
+}
+
+
+def mix(
+    algorithm: str, own: Adapter, senders: Sequence[Adapter], weights: Sequence[float], *, split: str, align: bool
+) -> Mixed:
+    """Mix one agent's adapter with those it received; `senders` includes its own, `weights` is its row of Pi."""
+    rule = ALGORITHMS[algorithm].mix
+    assert rule is not None, f"{algorithm} does not mix"
+    adapter = rule(own, senders, weights, split=split, align=align)
+    mean, interference, truncation = 0.0, 0.0, 0.0
+    for layers in layers_by_shape(own):
+        L, R = _mean_product(layers, senders, weights)
+        mean += product_norm(L, R).square().item()
+        naive = average_factors(
+            Adapter({layer: own.factors[layer] for layer in layers}, {}, own.scaling), senders, weights
+        )
+        interference += _distance(L, R, naive, layers)
+        if rule is average_products:
+            truncation += _distance(L, R, adapter, layers)
+    relative = [(gap / mean) ** 0.5 if mean > 0 else 0.0 for gap in (interference, truncation)]
+    return Mixed(adapter, *relative)
+
+
+def consensus(algorithm: str, adapters: Sequence[Adapter], *, split: str, align: bool) -> Adapter:
+    """The network's mean adapter by the algorithm's own rule with weights 1/N; never fed back to the agents.
+
+    Agents that never mix are averaged by products, the exact mean up to rank r.
+    """
+    if len(adapters) == 1:
+        return adapters[0]
+    rule = ALGORITHMS[algorithm].mix or average_products
+    return rule(adapters[0], adapters, [1 / len(adapters)] * len(adapters), split=split, align=align)
+
+
+def consensus_distance(adapters: Sequence[Adapter]) -> float:
+    """Root mean square over agents of the distance of `s B A` to the network's mean, relative to that mean's norm."""
+    gram = sum(
+        product_gram(
+            [stack_layers(adapter, layers) for adapter in adapters],
+            [adapter.scaling[layers[0]] for adapter in adapters],
+        )
+        for layers in layers_by_shape(adapters[0])
+    )
+    mean = gram.mean()
+    distance = (gram.diagonal().mean() - mean).clamp(min=0)
+    return (distance / mean).sqrt().item() if mean > 0 else 0.0
+
+
+def layers_by_shape(adapter: Adapter) -> list[list[str]]:
+    """Names of the layers that can be stacked: same shapes, same scaling."""
+    groups: dict[tuple, list[str]] = {}
+    for layer, pair in adapter.factors.items():
+        groups.setdefault((pair.A.shape, pair.B.shape, adapter.scaling[layer]), []).append(layer)
+    return list(groups.values())
+
+
+def stack_layers(adapter: Adapter, layers: Sequence[str]) -> LoraFactors:
+    """Factors of several layers of one shape as `A (layers, r, d_in)`, `B (layers, d_out, r)`."""
+    return LoraFactors(
+        torch.stack([adapter.factors[layer].A for layer in layers]),
+        torch.stack([adapter.factors[layer].B for layer in layers]),
+    )
+
+
+def _mean_product(
+    layers: Sequence[str], senders: Sequence[Adapter], weights: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    scaled = [weight * sender.scaling[layers[0]] for weight, sender in zip(weights, senders, strict=True)]
+    return stack_products([stack_layers(sender, layers) for sender in senders], scaled)
+
+
+def _distance(L: Tensor, R: Tensor, adapter: Adapter, layers: Sequence[str]) -> float:
+    """Squared distance of an adapter's update to the mean product `L @ R`, without forming either."""
+    pair = stack_layers(adapter, layers)
+    L = torch.cat([L, -adapter.scaling[layers[0]] * pair.B], dim=-1)
+    return product_norm(L, torch.cat([R, pair.A], dim=-2)).square().item()
+
+
+def _average_others(own: Adapter, senders: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Tensor]:
+    return {name: _weighted_sum([sender.others[name] for sender in senders], weights) for name in own.others}
+
+
+def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """`sum_j w_j T_j` accumulated in float32 or better, returned in the tensors' own dtype."""
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    total = torch.zeros_like(tensors[0], dtype=dtype)
+    for tensor, weight in zip(tensors, weights, strict=True):
+        total.add_(tensor, alpha=weight)
+    return total.to(tensors[0].dtype)

@@ -1,0 +1,117 @@
+"""`DecentralizedConfig`: `TrainingArguments` and what a network of agents adds to them."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from . import exchange
+from .algorithms import ALGORITHMS
+from .errors import DecafError, require_one_of
+from .hosting import MODES
+from .lowrank import SPLITS
+
+PARTITIONS = ("iid", "dirichlet", "classes", "column")
+
+
+@dataclass
+class DecentralizedConfig(TrainingArguments):
+    """Arguments of a `DecentralizedTrainer`: every field of `TrainingArguments`, and the ones below.
+
+    `per_device_train_batch_size` is each agent's batch. Making one joins the processes that a launcher started
+    (exchange.join), so make it before any other object of accelerate.
+    """
+
+    num_agents: int = field(default=1, metadata={"help": "Learners in the network, each with its data and adapter."})
+    algorithm: str = field(
+        default="decaf", metadata={"help": f"What mixing does to the adapters: {', '.join(ALGORITHMS)}."}
+    )
+    local_steps: int = field(default=1, metadata={"help": "Optimizer steps between two consensus rounds."})
+    topology: str = field(
+        default="ring", metadata={"help": "Who may talk: a named graph, or a file of edges or of a mixing matrix."}
+    )
+    weights: str = field(
+        default="metropolis",
+        metadata={"help": "Mixing weights of the edges: metropolis, uniform, or explicit (the file is the matrix)."},
+    )
+    degree: int | None = field(default=None, metadata={"help": "Neighbors per agent in a random_regular or small_world graph."})
+    probability: float | None = field(
+        default=None, metadata={"help": "Edge probability of erdos_renyi, rewiring probability of small_world."}
+    )
+    split: str = field(
+        default="row_norms",
+        metadata={"help": f"How decaf and flexlora share the singular values between A and B: {', '.join(SPLITS)}."},
+    )
+    align: bool = field(
+        default=True,
+        metadata={"help": "Rotate decaf's and flexlora's new factors towards the agent's previous ones (Procrustes)."},
+    )
+    partition: str = field(
+        default="iid",
+        metadata={"help": f"How one train_dataset is divided among the agents: {', '.join(PARTITIONS)}."},
+    )
+    partition_by: str = field(
+        default="labels", metadata={"help": "The column that dirichlet, classes and column partitions go by."}
+    )
+    dirichlet_alpha: float | None = field(
+        default=None, metadata={"help": "Concentration of a dirichlet partition; small means skewed."}
+    )
+    hosting: str = field(
+        default="auto",
+        metadata={"help": f"How the agents of one process train: {', '.join(MODES)}; auto shares a batch if possible."},
+    )
+    base_dropout: bool = field(
+        default=False,
+        metadata={"help": "Keep the frozen model's own dropout in training; agents of a process then take turns."},
+    )
+    save_steps: float | None = field(
+        default=None,
+        metadata={"help": "Optimizer steps between two checkpoints, a multiple of local_steps; one round by default."},
+    )
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; the oldest are removed."})
+
+    def __post_init__(self):
+        self.processes = exchange.join()
+        if self.num_agents < 1:
+            raise DecafError(f"num_agents must be at least 1, got {self.num_agents}")
+        if self.local_steps < 1:
+            raise DecafError(f"local_steps must be at least 1, got {self.local_steps}; 1 is a round after every step")
+        require_one_of("algorithm", self.algorithm, ALGORITHMS)
+        require_one_of("split", self.split, SPLITS)
+        require_one_of("hosting", self.hosting, MODES)
+        require_one_of("partition", self.partition, PARTITIONS)
+        if self.num_learners < self.processes.count:
+            raise DecafError(
+                f"{self.processes.count} processes for {self.num_learners} agents"
+                f"{' (centralized trains one)' if self.num_learners != self.num_agents else ''}; "
+                "start at most one process per agent"
+            )
+        if self.save_steps is None:
+            self.save_steps = self.local_steps
+        if str(self.save_strategy) in ("steps", "SaveStrategy.STEPS") and self.save_steps % self.local_steps:
+            raise DecafError(
+                f"save_steps={self.save_steps} is no multiple of local_steps={self.local_steps}; "
+                "checkpoints are taken at rounds"
+            )
+        for name, why in _REFUSED.items():
+            if getattr(self, name, None):
+                raise DecafError(f"{name} is not supported: {why}")
+        super().__post_init__()
+
+    @property
+    def num_learners(self) -> int:
+        """Adapters that are trained: one per agent, or a single one with `centralized`."""
+        return 1 if ALGORITHMS[self.algorithm].pooled else self.num_agents
+
+    @property
+    def agent_batch_size(self) -> int:
+        """Rows that one learner contributes to a batch; `centralized` takes all agents' share."""
+        return self.per_device_train_batch_size * (self.num_agents // self.num_learners)
+
+
+_REFUSED = {
+    "fsdp": "an agent lives in one process",
+    "deepspeed": "an agent lives in one process",
+    "auto_find_batch_size": "every agent contributes the same number of rows",
+    "push_to_hub": "publish the run folder after training",
+    "save_only_model": "a checkpoint without the optimizer cannot resume exactly",
+}

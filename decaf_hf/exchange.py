@@ -1,0 +1,228 @@
+"""How bytes move between processes; knows nothing of LoRA.
+
+A process hosts a contiguous block of agents. Buffers travel point to point along the graph's edges, one per agent
+and neighboring process; agents of one process read each other's buffers directly.
+"""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import DecafError
+
+T = TypeVar("T")
+
+# Every variable by which accelerate and the Trainer decide that a run is distributed. With them in sight a stock
+# Trainer wraps the model in DistributedDataParallel and shards each agent's data: silent centralization.
+_LAUNCHER_VARIABLES = (
+    "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE", "ROLE_RANK",
+    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "ACCELERATE_USE_CPU",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all of them."""
+
+    index: int = 0
+    count: int = 1
+    local_index: int = 0
+    local_count: int = 1
+
+    def agents(self, num_agents: int, index: int | None = None) -> range:
+        """The contiguous block of agents hosted by a process (this one by default); blocks differ by at most one."""
+        index = self.index if index is None else index
+        share, extra = divmod(num_agents, self.count)
+        start = index * share + min(index, extra)
+        return range(start, start + share + (index < extra))
+
+    def host(self, agent: int, num_agents: int) -> int:
+        """The process that hosts an agent."""
+        return next(index for index in range(self.count) if agent in self.agents(num_agents, index))
+
+    @property
+    def is_main(self) -> bool:
+        return self.index == 0
+
+
+_joined: Processes | None = None
+
+
+def join(store: dist.Store | None = None, index: int | None = None, count: int | None = None) -> Processes:
+    """Open the group of processes that a launcher announced, then hide the launcher from accelerate.
+
+    Afterwards every process is a Trainer world of one: no DistributedDataParallel, no sharded data. Each process is
+    pinned to one accelerator before that is initialized. Calling it again returns the same answer. `store`, `index`
+    and `count` replace the launcher's variables in tests.
+    """
+    global _joined
+    if _joined is not None:
+        return _joined
+    local_index = int(os.environ.get("LOCAL_RANK", 0)) if index is None else index
+    local_count = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1))) if count is None else count
+    index = int(os.environ.get("RANK", 0)) if index is None else index
+    count = int(os.environ.get("WORLD_SIZE", 1)) if count is None else count
+    own_accelerator = _pin_accelerator(local_index, local_count)
+    if count > 1:
+        # Several processes on one GPU cannot use nccl among themselves; gloo then stages through main memory.
+        backend = "nccl" if own_accelerator else "gloo"
+        dist.init_process_group(backend, store=store, rank=index, world_size=count)
+        if backend == "nccl":
+            torch.cuda.set_device(0)
+    for variable in _LAUNCHER_VARIABLES:
+        os.environ.pop(variable, None)
+    _joined = Processes(index, count, local_index, local_count)
+    return _joined
+
+
+def leave() -> None:
+    """Close the group."""
+    global _joined
+    _joined = None
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def agree(processes: Processes, items: Mapping[str, str]) -> None:
+    """Compare named digests between all processes; raise `DecafError` naming the first item that differs."""
+    everyone = gather_objects(processes, dict(items))
+    for index, theirs in enumerate(everyone):
+        for name in sorted(everyone[0].keys() | theirs.keys()):
+            if everyone[0].get(name) != theirs.get(name):
+                raise DecafError(
+                    f"process {index} differs from process 0 in {name!r}: {theirs.get(name)} and "
+                    f"{everyone[0].get(name)}; all processes need the same recipe, base model and versions"
+                )
+
+
+def gather_objects(processes: Processes, item: Any) -> list[Any]:
+    """What each process holds, in the order of the processes."""
+    if processes.count == 1:
+        return [item]
+    everyone: list[Any] = [None] * processes.count
+    dist.all_gather_object(everyone, item)
+    return everyone
+
+
+def together(processes: Processes, work: Callable[[], T]) -> T:
+    """Do local work in every process; if it is refused in one, all stop with that one's line.
+
+    Without it the others would wait for a process that is gone. `work` must not communicate.
+    """
+    result, problem = None, None
+    try:
+        result = work()
+    except DecafError as error:
+        problem = str(error)
+    problems = gather_objects(processes, problem)
+    for index, text in enumerate(problems):
+        if text is not None:
+            alike = all(other == text for other in problems)
+            raise DecafError(text if alike else f"process {index}: {text}")
+    return result
+
+
+def barrier(processes: Processes) -> None:
+    """Wait for all processes."""
+    if processes.count > 1:
+        dist.barrier()
+
+
+def exchange(processes: Processes, own: Mapping[int, Tensor], neighbors: Sequence[set[int]]) -> dict[int, Tensor]:
+    """Send each hosted agent's buffer to the processes of its neighbors; return all buffers that hosted agents need.
+
+    `own` maps hosted agents to flat uint8 buffers of one common length, `neighbors` lists every agent's neighbors.
+    """
+    num_agents = len(neighbors)
+    host = [processes.host(agent, num_agents) for agent in range(num_agents)]
+    buffers = dict(own)
+    operations = []
+    for agent in range(num_agents):  # the same order on both sides: nccl pairs messages by order, not by tag
+        targets = sorted({host[neighbor] for neighbor in neighbors[agent]} - {host[agent]})
+        if host[agent] == processes.index:
+            outgoing = _to_wire(own[agent])
+            operations += [dist.P2POp(dist.isend, outgoing, target, tag=agent) for target in targets]
+        elif processes.index in targets:
+            buffers[agent] = torch.empty_like(_to_wire(next(iter(own.values()))))
+            operations.append(dist.P2POp(dist.irecv, buffers[agent], host[agent], tag=agent))
+    _wait(operations)
+    device = next(iter(own.values())).device
+    return {agent: buffer.to(device) for agent, buffer in buffers.items()}
+
+
+def gather(processes: Processes, own: Mapping[int, Tensor], num_agents: int, *, everywhere: bool) -> dict[int, Tensor]:
+    """All agents' buffers, at process 0 or at every process; elsewhere an empty dictionary.
+
+    This is measurement and saving, not training: mixing only ever uses `exchange`.
+    """
+    readers = range(processes.count) if everywhere else range(1)
+    buffers = dict(own)
+    operations = []
+    for agent in range(num_agents):
+        source = processes.host(agent, num_agents)
+        if source == processes.index:
+            outgoing = _to_wire(own[agent])
+            operations += [dist.P2POp(dist.isend, outgoing, r, tag=agent) for r in readers if r != source]
+        elif processes.index in readers:
+            buffers[agent] = torch.empty_like(_to_wire(next(iter(own.values()))))
+            operations.append(dist.P2POp(dist.irecv, buffers[agent], source, tag=agent))
+    _wait(operations)
+    if processes.index not in readers:
+        return {}
+    device = next(iter(own.values())).device
+    return {agent: buffers[agent].to(device) for agent in range(num_agents)}
+
+
+def pack(tensors: Sequence[Tensor]) -> Tensor:
+    """One flat uint8 buffer of several tensors, whatever their dtypes."""
+    return torch.cat([tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in tensors])
+
+
+def unpack(buffer: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a buffer, with the names, shapes and dtypes of `like` in the order they were packed."""
+    sizes = [tensor.numel() * tensor.element_size() for tensor in like.values()]
+    assert buffer.numel() == sum(sizes)
+    parts = buffer.split(sizes)
+    return {
+        # A part may start at any byte; a clone is aligned for its dtype.
+        name: part.clone().view(tensor.dtype).view(tensor.shape)
+        for (name, tensor), part in zip(like.items(), parts, strict=True)
+    }
+
+
+def _pin_accelerator(local_index: int, local_count: int) -> bool:
+    """Show this process one accelerator only; True where each process of the machine has its own.
+
+    With several visible GPUs a one-process Trainer wraps the model in DataParallel, so this comes before CUDA starts.
+    """
+    devices = torch.cuda.device_count()
+    if devices == 0:
+        return False
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(device) for device in range(devices)]
+    if not torch.cuda.is_initialized():
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[local_index % len(names)]
+    return devices >= local_count
+
+
+def _to_wire(buffer: Tensor) -> Tensor:
+    return buffer if not dist.is_initialized() or dist.get_backend() == "nccl" else buffer.cpu()
+
+
+def _wait(operations: list[dist.P2POp]) -> None:
+    if not operations:
+        return
+    try:
+        for request in dist.batch_isend_irecv(operations):
+            request.wait()
+    except RuntimeError as error:
+        partners = sorted({operation.peer for operation in operations})
+        raise DecafError(
+            f"lost contact with a process (among {partners}) during an exchange: {str(error).splitlines()[0]}; "
+            "its own output says why"
+        ) from error

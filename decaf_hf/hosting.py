@@ -1,0 +1,250 @@
+"""Several agents in one model: the routed batch, turns, and random streams that are each agent's own.
+
+The batch is agent-major: every agent contributes the same number of rows, the frozen base sees them all at once, and
+each LoRA layer and each head applies agent i's parameters to agent i's rows. The one file that touches inner
+attributes of PEFT's layers (peft 0.21: `_active_adapter`, `lora_variant`, `modules_to_save`).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate.utils import find_batch_size
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .adapters import agent_name, trainable
+from .errors import DecafError
+from .seeds import stream_seed
+
+MODES = ("auto", "batched", "turns")
+
+
+@dataclass
+class Clock:
+    """What the random streams of a training step are keyed by, and which columns of each agent's rows hold tokens."""
+
+    seed: int
+    step: int = 0
+    micro_step: int = 0  # which of the batches that gradient accumulation adds up
+    columns: dict[int, Tensor] = field(default_factory=dict)  # agent -> (sequence,) bool
+
+    def seed_for(self, agent: int, purpose: str) -> int:
+        return stream_seed(self.seed, purpose, agent, self.step, self.micro_step)
+
+
+class AgentDropout(nn.Module):
+    """LoRA dropout whose mask depends on agent, step and layer only: the same in a batch, in turn, on any process."""
+
+    def __init__(self, p: float, agent: int, layer: str, clock: Clock):
+        super().__init__()
+        self.p, self.agent, self.layer, self.clock = p, agent, layer, clock
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        generator = torch.Generator(x.device).manual_seed(self.clock.seed_for(self.agent, self.layer))
+        columns = self.clock.columns.get(self.agent)
+        if columns is None or x.dim() != 3 or x.shape[1] != columns.numel():
+            keep = torch.rand(x.shape, generator=generator, device=x.device) >= self.p
+        else:
+            # Padding differs with who shares the batch, so only the agent's own columns draw.
+            shape = (x.shape[0], int(columns.sum()), x.shape[2])
+            keep = torch.ones(x.shape, dtype=torch.bool, device=x.device)
+            keep[:, columns] = torch.rand(shape, generator=generator, device=x.device) >= self.p
+        return x * keep / (1 - self.p)
+
+
+class Hosting:
+    """The agents that one process hosts in one PEFT model, and how they share its forward pass."""
+
+    def __init__(self, model: PeftModel, agents: Sequence[int], *, mode: str, seed: int, base_dropout: bool):
+        self.model = model
+        self.agents = list(agents)
+        self.mode = mode
+        self.clock = Clock(seed)
+        self.base_dropout = base_dropout
+        self.batched: bool | None = None  # None until the first batch decides
+        self.reason = ""
+        self._routed = False
+        self._tuned = [m for m in model.modules() if isinstance(m, LoraLayer | ModulesToSaveWrapper)]
+        self._names = [agent_name(agent) for agent in self.agents]
+        for layer, module in model.named_modules():
+            if isinstance(module, LoraLayer):
+                self._own_dropout(layer, module)
+        if len(self.agents) > 1:
+            for module in self._tuned:
+                self._route(module)
+        self._quiet = [m for m in model.modules() if not isinstance(m, AgentDropout | GradientCheckpointingLayer)]
+        model.register_forward_pre_hook(self._silence_base)
+
+    def decide(self, model: nn.Module, inputs: Mapping[str, Any], obstacle: str | None) -> None:
+        """Settle on the first batch whether the agents share it; `obstacle` says why the loss forbids it, if it does.
+
+        Raises `DecafError` if a shared batch was asked for and is impossible.
+        """
+        if len(self.agents) == 1:
+            self.batched, self.reason = False, "one agent"
+            return
+        if self.mode == "turns":
+            self.batched, self.reason = False, "as asked"
+            return
+        if self.base_dropout:
+            obstacle = "the base model's dropout is on, and its random masks cannot be each agent's own in one batch"
+        obstacle = obstacle or self._differs(model, inputs)
+        if obstacle and self.mode == "batched":
+            raise DecafError(f"network.hosting=batched is impossible: {obstacle}; use auto or turns")
+        self.batched, self.reason = obstacle is None, obstacle or "one batch gives what separate batches give"
+
+    @contextlib.contextmanager
+    def together(self, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """All hosted agents in one agent-major batch."""
+        self.clock.columns = {agent: self._columns(inputs, index) for index, agent in enumerate(self.agents)}
+        self._routed = True
+        try:
+            yield
+        finally:
+            self._routed = False
+
+    @contextlib.contextmanager
+    def alone(self, agent: int, inputs: Mapping[str, Any]) -> Iterator[None]:
+        """One agent's training turn: its adapter, its dropout masks, its random stream."""
+        self.clock.columns = {}
+        if "attention_mask" in inputs:
+            self.clock.columns[agent] = inputs["attention_mask"].bool().any(0)
+        self.activate(agent_name(agent))
+        if not self.base_dropout:
+            yield
+            return
+        with torch.random.fork_rng():
+            torch.manual_seed(self.clock.seed_for(agent, "base"))
+            yield
+
+    @property
+    def sharing(self) -> bool:
+        """Whether a shared batch is being computed right now."""
+        return self._routed
+
+    def activate(self, name: str) -> None:
+        """Let one adapter act on every row; unlike PEFT's set_adapter it leaves requires_grad as it is."""
+        for module in self._tuned:
+            module._active_adapter = [name]
+
+    def rows(self, inputs: Mapping[str, Any], index: int) -> dict[str, Any]:
+        """The rows of the index-th hosted agent, without the columns that only pad."""
+        total = find_batch_size(inputs)
+        share = total // len(self.agents)
+        columns = self._columns(inputs, index)
+        own = {}
+        for name, value in inputs.items():
+            if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == total:
+                trims = columns is not None and value.dim() == 2 and value.shape[1] == columns.numel()
+                value = value[index * share : (index + 1) * share]
+                value = value[:, columns] if trims else value
+            own[name] = value
+        return own
+
+    def _columns(self, inputs: Mapping[str, Any], index: int) -> Tensor | None:
+        mask = inputs.get("attention_mask")
+        if mask is None or mask.dim() != 2:
+            return None
+        return mask.chunk(len(self.agents))[index].bool().any(0)
+
+    def _silence_base(self, model: nn.Module, _) -> None:
+        """A frozen base trains in evaluation mode: no dropout, no running statistics; LoRA dropout stays."""
+        if model.training and not self.base_dropout:
+            for module in self._quiet:
+                module.training = False
+
+    def _own_dropout(self, layer: str, module: LoraLayer) -> None:
+        for agent, name in zip(self.agents, self._names, strict=True):
+            dropout = module.lora_dropout[name] if name in module.lora_dropout else None
+            if isinstance(dropout, nn.Dropout):
+                module.lora_dropout[name] = AgentDropout(dropout.p, agent, layer, self.clock)
+
+    def _route(self, module: nn.Module) -> None:
+        """Replace a module's forward on this instance; outside a shared batch it stays PEFT's own."""
+        original = module.forward
+        plain = (
+            isinstance(module, LoraLayer)
+            and all(name in module.lora_A for name in self._names)
+            and not any(name in module.lora_variant or module.lora_bias[name] for name in self._names)
+        )
+        routed = self._linear if plain else self._chunks
+
+        def forward(*args, **kwargs):
+            return routed(module, original, *args, **kwargs) if self._routed else original(*args, **kwargs)
+
+        module.forward = forward
+
+    def _linear(self, layer: LoraLayer, _: Callable, x: Tensor, *args, **kwargs) -> Tensor:
+        """Plain LoRA on a linear layer: the factors stacked, two batched products.
+
+        `x (n rows, ..., d_in)` is read as `(n, rows ..., d_in)`.
+        """
+        result = layer.base_layer(x, *args, **kwargs)
+        A = torch.stack([layer.lora_A[name].weight for name in self._names])  # (n, r, d_in)
+        B = torch.stack([layer.lora_B[name].weight * layer.scaling[name] for name in self._names])  # (n, d_out, r)
+        count = len(self._names)
+        x = x.to(A.dtype)
+        if layer.training or any(isinstance(layer.lora_dropout[name], AgentDropout) for name in self._names):
+            chunks = zip(self._names, x.chunk(count), strict=True)
+            x = torch.cat([layer.lora_dropout[name](rows) for name, rows in chunks])
+        hidden = torch.bmm(x.reshape(count, -1, x.shape[-1]), A.mT)
+        flat = result.reshape(count, -1, result.shape[-1])
+        if flat.dtype == B.dtype:
+            return torch.baddbmm(flat, hidden, B.mT).view(result.shape)
+        return (flat + torch.bmm(hidden, B.mT)).view(result.shape).to(result.dtype)
+
+    def _chunks(self, module: nn.Module, original: Callable, x: Tensor, *args, **kwargs) -> Tensor:
+        """Heads, embeddings, DoRA: each agent's rows through its own parameters, one agent after another."""
+        outputs = []
+        for name, rows in zip(self._names, x.chunk(len(self._names)), strict=True):
+            module._active_adapter = [name]
+            outputs.append(original(rows, *args, **kwargs))
+        return torch.cat(outputs)
+
+    @torch.no_grad()
+    def _differs(self, model: nn.Module, inputs: Mapping[str, Any]) -> str | None:
+        """Try the shared batch against separate ones with perturbed adapters; say how they differ, if they do.
+
+        Adapters start without effect (B = 0), so every agent's parameters are moved apart for the trial.
+        """
+        inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        parameters = [list(trainable(self.model, name).values()) for name in self._names]
+        kept = [[parameter.clone() for parameter in own] for own in parameters]
+        was_training = model.training
+        model.eval()
+        try:
+            plain = self._separate(model, inputs)
+            for agent, own in zip(self.agents, parameters, strict=True):
+                generator = torch.Generator().manual_seed(stream_seed("trial", agent))
+                for parameter in own:
+                    noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+                    parameter.add_(0.1 * noise.to(parameter.device, parameter.dtype))
+            separate = self._separate(model, inputs)
+            with self.together(inputs):
+                shared = model(**inputs)["logits"]
+            gap = (shared - separate).abs().max()
+            effect = (separate - plain).abs().max()
+            # Wrong routing errs by the adapters' whole effect; rounding, also in bfloat16, by far less.
+            return None if gap <= 0.05 * effect else f"the shared batch is off by {gap / effect:.0%} of the adapters' effect"
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            return f"{type(error).__name__} in the shared batch: {' '.join(str(error).split())[:200]}"
+        finally:
+            for own, before in zip(parameters, kept, strict=True):
+                for parameter, value in zip(own, before, strict=True):
+                    parameter.copy_(value)
+            model.train(was_training)
+
+    def _separate(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+        logits = []
+        for index, name in enumerate(self._names):
+            self.activate(name)
+            logits.append(model(**self.rows(inputs, index))["logits"])
+        return torch.cat(logits)

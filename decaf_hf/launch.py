@@ -1,0 +1,86 @@
+"""Starting processes, and saying plainly how many came up."""
+
+import os
+import sys
+
+import psutil
+import torch
+
+from .errors import DecafError
+from .exchange import Processes
+
+# How the launchers spell the number of processes on their command lines.
+_COUNT_FLAGS = ("--num_processes", "--num-processes", "--nproc_per_node", "--nproc-per-node")
+
+
+def start_processes(count: int, arguments: list[str]) -> int:
+    """Run `python -m decaf_hf ARGUMENTS` in several processes of this machine; return the exit code of the run.
+
+    The processes are started and watched by torch's elastic launcher: when one fails, the others are stopped.
+    """
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if count < 1:
+        raise DecafError(f"--processes={count}: at least one process is needed")
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        rdzv_backend="c10d",
+        rdzv_endpoint="127.0.0.1:0",
+        run_id="decaf",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "decaf_hf", *arguments)
+    except ChildFailedError as error:
+        codes = [failure.exitcode for failure in error.failures.values()]
+        return next((code for code in codes if code > 0), 1)
+    return 0
+
+
+def describe_placement(processes: Processes, num_agents: int) -> str:
+    """The first line of a run: how many agents sit on how many processes and devices."""
+    blocks = [processes.agents(num_agents, index) for index in range(processes.count)]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    hosts = ", ".join(f"process {i}: {_span(block)}" for i, block in enumerate(blocks))
+    plural = "process" if processes.count == 1 else "processes"
+    return f"{num_agents} agent{'s' * (num_agents != 1)} on {processes.count} {plural} ({device}): {hosts}"
+
+
+def missing_processes(processes: Processes) -> str | None:
+    """Say so if the launcher was asked for more processes than came up, else None.
+
+    `accelerate launch --num_processes 2` on a machine without a GPU starts one process and says nothing.
+    """
+    asked = _asked_for(psutil.Process().parents())
+    if asked is None or asked <= processes.local_count:
+        return None
+    return (
+        f"warning: the launcher was asked for {asked} processes and started {processes.local_count}; on a machine "
+        f"without GPUs use `accelerate launch --multi_gpu --num_processes {asked}`, "
+        f"`torchrun --nproc_per_node {asked}` or `decaf train --processes {asked}`"
+    )
+
+
+def _asked_for(parents: list[psutil.Process]) -> int | None:
+    for parent in parents[:3]:
+        try:
+            words = parent.cmdline()
+        except psutil.Error:
+            continue
+        if not any("accelerate" in word or "torchrun" in word for word in words[:3]):
+            continue
+        for word, following in zip(words, words[1:] + [""], strict=True):
+            flag, _, value = word.partition("=")
+            value = value or following
+            if flag in _COUNT_FLAGS and value.isdigit():
+                return int(value)
+    return None
+
+
+def _span(agents: range) -> str:
+    return f"agent {agents[0]}" if len(agents) == 1 else f"agents {agents[0]}-{agents[-1]}"

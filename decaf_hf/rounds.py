@@ -1,0 +1,201 @@
+"""A consensus round: which adapters a process holds, how they mix along the graph, what is measured and logged."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from . import algorithms, exchange
+from .adapters import agent_name, as_adapter, as_tensors, pair_names, scalings, trainable, write
+from .exchange import Processes
+from .files import append_line, write_text
+from .mixing import MixingSchedule
+from .progress import Progress
+
+if TYPE_CHECKING:
+    from .trainer import DecentralizedMixin
+
+MIB = 2**20
+
+
+class RoundReport(NamedTuple):
+    """Means over the hosted agents."""
+
+    interference: float
+    truncation: float
+    payload_bytes: float
+
+
+class Network:
+    """The hosted agents' adapters and their exchange with the others."""
+
+    def __init__(
+        self,
+        model: PeftModel,
+        processes: Processes,
+        num_agents: int,
+        algorithm: str,
+        schedule: MixingSchedule,
+        *,
+        split: str,
+        align: bool,
+    ):
+        self.processes = processes
+        self.num_agents = num_agents
+        self.algorithm = algorithm
+        self.schedule = schedule
+        self.options = {"split": split, "align": align}
+        self.agents = list(processes.agents(num_agents))
+        self.parameters: dict[int, dict[str, nn.Parameter]] = {
+            agent: trainable(model, agent_name(agent)) for agent in self.agents
+        }
+        self.scaling = scalings(model, agent_name(self.agents[0]))
+        like = self.parameters[self.agents[0]]
+        stays = {a for a, _ in pair_names(like).values()} if algorithms.ALGORITHMS[algorithm].freezes_a else set()
+        self.travels = [name for name in like if name not in stays]
+
+    @torch.no_grad()
+    def mix(self, round_index: int) -> RoundReport:
+        """One exchange along the edges of this round and one mix; an agent without neighbors keeps its adapter."""
+        if algorithms.ALGORITHMS[self.algorithm].mix is None:
+            return RoundReport(0.0, 0.0, 0.0)
+        neighbors = self.schedule.neighbors(round_index)
+        matrix = self.schedule.matrix(round_index)
+        own = {agent: exchange.pack([tensors[name] for name in self.travels]) for agent, tensors in self.parameters.items()}
+        received = exchange.exchange(self.processes, own, neighbors)
+        adapters = {agent: self._adapter(agent, buffer) for agent, buffer in received.items()}
+        mixed = {}
+        for agent in self.agents:
+            senders = sorted({agent} | neighbors[agent])
+            if len(senders) > 1:
+                weights = [matrix[agent, sender].item() for sender in senders]
+                mixed[agent] = algorithms.mix(
+                    self.algorithm, adapters[agent], [adapters[s] for s in senders], weights, **self.options
+                )
+        for agent, result in mixed.items():
+            write(self.parameters[agent], as_tensors(result.adapter, self.parameters[agent]))
+        count = len(self.agents)
+        return RoundReport(
+            sum(result.interference for result in mixed.values()) / count,
+            sum(result.truncation for result in mixed.values()) / count,
+            sum(own[agent].numel() * len(neighbors[agent]) for agent in self.agents) / count,
+        )
+
+    def gather(self, *, everywhere: bool = False) -> dict[int, dict[str, Tensor]]:
+        """All agents' adapters at process 0 (or everywhere) for measuring and saving; empty at the other processes."""
+        own = {agent: exchange.pack(list(tensors.values())) for agent, tensors in self.parameters.items()}
+        everyone = exchange.gather(self.processes, own, self.num_agents, everywhere=everywhere)
+        like = self.parameters[self.agents[0]]
+        return {agent: exchange.unpack(buffer, like) for agent, buffer in everyone.items()}
+
+    @torch.no_grad()
+    def consensus(self, everyone: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The network's mean adapter by the algorithm's own rule with equal weights."""
+        adapters = [as_adapter(everyone[agent], self.scaling) for agent in sorted(everyone)]
+        mean = algorithms.consensus(self.algorithm, adapters, **self.options)
+        return as_tensors(mean, everyone[0])
+
+    @torch.no_grad()
+    def consensus_distance(self, everyone: Mapping[int, Mapping[str, Tensor]]) -> float:
+        """How far the agents' updates are from their mean (algorithms.consensus_distance)."""
+        return algorithms.consensus_distance([as_adapter(everyone[agent], self.scaling) for agent in sorted(everyone)])
+
+    def _adapter(self, agent: int, buffer: Tensor) -> algorithms.Adapter:
+        like = self.parameters[self.agents[0]]
+        tensors = exchange.unpack(buffer, {name: like[name] for name in self.travels})
+        # What did not travel is common to all agents (the frozen A of dlora-fa).
+        tensors = {name: tensors.get(name, like[name]) for name in like}
+        return as_adapter(tensors, self.scaling)
+
+
+class RoundCallback(TrainerCallback):
+    """Runs a round after every `local_steps` optimizer steps; the round's number is arithmetic, not memory."""
+
+    def __init__(self, trainer: "DecentralizedMixin"):
+        self.trainer = trainer
+        self.network: Network = trainer.network
+        self.metrics = Path(trainer.args.output_dir) / "metrics.jsonl"
+        self.pending: dict | None = None  # the round's line, kept back until its evaluation is in
+        self.progress: Progress | None = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        rounds_done = state.global_step // args.local_steps
+        if self.network.processes.is_main:
+            kept = [line for line in read_metrics(self.metrics) if line["round"] <= rounds_done]
+            write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+            self.progress = Progress(state.max_steps // args.local_steps, rounds_done, bar=not args.disable_tqdm)
+        self.started = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % args.local_steps:
+            return
+        round_index = state.global_step // args.local_steps
+        trained = self._now()
+        report = self.network.mix(round_index)
+        mixed = self._now()
+        everyone = self.network.gather()
+        loss = self.trainer.mean_loss()
+        means = exchange.gather_objects(self.network.processes, (len(self.network.agents), loss, report))
+        measured = self._now()
+        if self.network.processes.is_main:
+            total = sum(count for count, _, _ in means)
+            self.pending = {
+                "round": round_index,
+                "step": state.global_step,
+                "loss": sum(count * loss for count, loss, _ in means) / total,
+                "learning_rate": self.trainer.lr_scheduler.get_last_lr()[0],
+                "consensus_distance": self.network.consensus_distance(everyone),
+                "interference": sum(count * report.interference for count, _, report in means) / total,
+                "truncation": sum(count * report.truncation for count, _, report in means) / total,
+                "payload_mib": sum(count * report.payload_bytes for count, _, report in means) / total / MIB,
+                "train_seconds": trained - self.started,
+                "mix_seconds": mixed - trained,
+                "measure_seconds": measured - mixed,
+            }
+            self.trainer.log({key: value for key, value in self.pending.items() if key != "step"})
+        if state.global_step >= state.max_steps and self.trainer.eval_dataset is not None:
+            control.should_evaluate = True
+        if not control.should_evaluate:
+            self._write()
+        self.started = self._now()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self.pending is not None:
+            self.pending["eval"] = self.trainer.evaluation
+            self._write()
+        self.started = self._now()  # evaluating is no part of the next round's training time
+
+    def on_save(self, args, state, control, **kwargs):
+        self.started = self._now()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.progress is not None:
+            self.progress.close()
+
+    def _write(self) -> None:
+        if self.pending is not None:
+            append_line(self.metrics, json.dumps(self.pending))
+            self.progress.show(self.pending)
+            self.pending = None
+
+    def _now(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # otherwise the clock would read launches, not work
+        return time.perf_counter()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of `metrics.jsonl`, one per round; a last line cut short by a crash is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines

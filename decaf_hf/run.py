@@ -1,0 +1,161 @@
+"""One run from a recipe: everything that can be refused is refused first, then the folder is made and filled."""
+
+import json
+import shutil
+from pathlib import Path
+
+import transformers
+from rich.console import Console
+from transformers import DataCollatorWithPadding
+from transformers.utils import logging as transformers_logging
+
+from . import checkpoint, exchange
+from .card import write_card
+from .config import DecentralizedConfig
+from .data import tokenize
+from .errors import DecafError
+from .exchange import Processes
+from .files import write_text
+from .metrics import classification_metrics
+from .partition import print_partition
+from .recipe import Recipe, read_recipe, resolved_yaml
+from .sites import Sites, load_sites
+from .tasks import load_model, loading_snippet, lora_config
+from .trainer import DecentralizedTrainer
+
+
+def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> DecentralizedTrainer:
+    """Train a recipe and fill its run folder; every process of a launch calls it.
+
+    Raises `DecafError`, with nothing written, for whatever cannot run.
+    """
+    processes = exchange.join()
+    console = Console(quiet=quiet or not processes.is_main)
+    folder = recipe.run_folder
+    exchange.together(processes, lambda: _check_folder(folder, recipe, resume, overwrite))
+    sites = load_sites(recipe, processes)
+    trainer = build_trainer(recipe, sites, processes)
+    if processes.is_main:
+        if overwrite and folder.exists():
+            shutil.rmtree(folder)
+        write_text(folder / "recipe.yaml", resolved_yaml(recipe))
+        partition = {"labels": sites.labels, "training_samples": sites.table.tolist()}
+        write_text(folder / "partition.json", json.dumps(partition, indent=2) + "\n")
+    exchange.barrier(processes)
+    print_partition(sites.table, sites.labels, console, sites.describe(recipe.evaluation.split))
+    gap = trainer.schedule.spectral_gap
+    console.print(f"{recipe.algorithm.name} on {trainer.schedule.topology}, spectral gap {gap:.3f}", highlight=False)
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model()
+    if processes.is_main:
+        write_card(folder, recipe, sites)
+        _say_end(console, recipe, trainer, sites)
+    exchange.barrier(processes)
+    return trainer
+
+
+def build_trainer(recipe: Recipe, sites: Sites, processes: Processes) -> DecentralizedTrainer:
+    """The trainer of a recipe on its data; writes nothing but the empty run folder."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # a new classification head is what we want, not worth a warning
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, tokenizer = exchange.together(processes, lambda: load_model(recipe, sites.labels))
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+    def tokens(data):
+        if isinstance(data, list):
+            return [None if part is None else tokens(part) for part in data]
+        return tokenize(data, tokenizer, sites.text, recipe.data.max_length)
+
+    return DecentralizedTrainer(
+        model=model,
+        args=config_of(recipe),
+        peft_config=lora_config(recipe),
+        train_dataset=tokens(sites.train),
+        eval_dataset=tokens(sites.held_out[recipe.evaluation.split]),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=classification_metrics(recipe.evaluation.metrics),
+    )
+
+
+def config_of(recipe: Recipe) -> DecentralizedConfig:
+    """The `DecentralizedConfig` of a recipe. Raises `DecafError` for values that TrainingArguments refuses."""
+    network, algorithm, evaluation = recipe.network, recipe.algorithm, recipe.evaluation
+    given = recipe.training.model_dump()
+    defaults = {
+        "save_total_limit": 2,
+        "logging_strategy": "no",  # every round is logged
+        "report_to": "none",
+        "per_device_eval_batch_size": 32,
+        "dataloader_pin_memory": False,
+    }
+    every = evaluation.every_rounds
+    values = {
+        **defaults,
+        **given,
+        "output_dir": str(recipe.run_folder),
+        "seed": recipe.seed,
+        "num_agents": network.agents,
+        "topology": network.topology,
+        "weights": network.weights,
+        "degree": network.degree,
+        "probability": network.probability,
+        "hosting": network.hosting,
+        "algorithm": algorithm.name,
+        "local_steps": algorithm.local_steps,
+        "max_steps": algorithm.rounds * algorithm.local_steps,
+        "split": algorithm.split,
+        "align": algorithm.align,
+        "base_dropout": recipe.model.base_dropout,
+        "eval_strategy": "no" if every is None else "steps",
+        "eval_steps": None if every is None else every * algorithm.local_steps,
+        "save_strategy": "no" if recipe.checkpoint_rounds is None else "steps",
+        "save_steps": (recipe.checkpoint_rounds or 1) * algorithm.local_steps,
+    }
+    try:
+        return DecentralizedConfig(**values)
+    except DecafError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        raise DecafError(f"training: {' '.join(str(error).split())}") from error
+
+
+def _check_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+    if resume and overwrite:
+        raise DecafError("--resume and --overwrite exclude each other")
+    if resume:
+        if checkpoint.last_checkpoint(folder) is None:
+            raise DecafError(f"no checkpoint to resume from in {folder}/checkpoints; start without --resume")
+        before = read_recipe(folder / "recipe.yaml")
+        changed = _first_difference(before.model_dump(), recipe.model_dump())
+        if changed:
+            raise DecafError(f"{folder} was started with another {changed}; resume with the recipe in that folder")
+    elif folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
+        raise DecafError(f"run folder {folder} exists; use --resume to go on, --overwrite to replace it, or another name")
+
+
+def _first_difference(before: dict, after: dict, where: str = "") -> str | None:
+    for key in sorted(before.keys() | after.keys()):
+        old, new = before.get(key), after.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found = _first_difference(old, new, f"{where}{key}.")
+            if found:
+                return found
+        elif old != new:
+            return f"{where}{key} ({old!r}, now {new!r})"
+    return None
+
+
+def _say_end(console: Console, recipe: Recipe, trainer: DecentralizedTrainer, sites: Sites) -> None:
+    folder = recipe.run_folder
+    scores = trainer.evaluation["consensus"]
+    mean = trainer.evaluation["agents_mean"]
+    console.print(
+        "\n".join(f"{name}: consensus {scores[name]:.3f}, agents' mean {mean[name]:.3f}" for name in scores),
+        highlight=False,
+    )
+    console.print(f"\nConsensus adapter: {folder / 'consensus'}, agents' adapters: {folder / 'agents'}. To load it:\n")
+    console.print(loading_snippet(recipe, folder / "consensus", sites.labels), highlight=False, soft_wrap=True, markup=False)

@@ -1,0 +1,163 @@
+"""The data of a run: what each agent trains on, what is held out, and who sees which labels.
+
+A process keeps the samples of the agents it hosts and no others. With `{agent}` in the source it does not even open
+the others' files.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from datasets import Dataset, concatenate_datasets
+
+from . import exchange
+from .algorithms import ALGORITHMS
+from .data import agent_source, encode_labels, hold_out, label_names, load_source
+from .errors import DecafError
+from .exchange import Processes
+from .partition import label_table, partition
+from .recipe import Recipe
+from .seeds import stream_seed
+
+
+@dataclass
+class Sites:
+    """Encoded but not tokenized data sets; lists have one entry per agent, None where another process hosts it."""
+
+    labels: list[str]
+    train: list[Dataset | None]
+    held_out: dict[str, Dataset | list[Dataset | None]]  # "test" and, if asked for, "validation"
+    table: np.ndarray  # (agents, labels) training samples
+    text: str = field(default="text")
+
+    def describe(self, part: str) -> str:
+        """Say who judges on what."""
+        data = self.held_out[part]
+        if isinstance(data, list):
+            return f"{part} set: a share of each agent's own data, seen by that agent alone"
+        return f"{part} set: {len(data)} texts that no agent trains on, the same for every adapter"
+
+
+def load_sites(recipe: Recipe, processes: Processes) -> Sites:
+    """Read, encode, hold out and partition the data of a recipe. Raises `DecafError` before anything is written."""
+    pooled = ALGORITHMS[recipe.algorithm.name].pooled
+    hosted = range(recipe.network.agents) if pooled else processes.agents(recipe.network.agents)
+    if recipe.data.partition.kind == "files":
+        parts, test, labels = _read_files(recipe, processes, hosted)
+    else:
+        parts, test, labels = exchange.together(processes, lambda: _read_and_divide(recipe, hosted))
+    sites = exchange.together(processes, lambda: _hold_out(recipe, parts, test, labels))
+    return _with_table(sites, processes, hosted)
+
+
+def _load(recipe: Recipe, source: str, split: str) -> Dataset:
+    data = recipe.data
+    return load_source(
+        source,
+        split=split,
+        config=data.config,
+        text=data.text,
+        label=data.label,
+        encoding=data.encoding,
+        encoding_errors=data.encoding_errors,
+    )
+
+
+def _read_test(recipe: Recipe) -> Dataset | None:
+    data = recipe.data
+    if data.test_source is not None:
+        return _load(recipe, data.test_source, data.split)
+    if data.test_split is not None and data.partition.kind != "files":
+        return _load(recipe, data.source, data.test_split)
+    return None
+
+
+def _read_files(
+    recipe: Recipe, processes: Processes, hosted: range
+) -> tuple[list[Dataset | None], Dataset | None, list[str]]:
+    """Each hosted agent's own file. Only the names of the labels are told to the other processes."""
+    data = recipe.data
+
+    def read():
+        own = {agent: _load(recipe, agent_source(data.source, agent), data.split) for agent in hosted}
+        return own, _read_test(recipe), label_names([*own.values()], data.label)
+
+    own, test, found = exchange.together(processes, read)
+    known = exchange.gather_objects(processes, found)
+    labels = data.labels or sorted({name for names in known for name in names}, key=_as_number)
+    parts: list[Dataset | None] = [None] * recipe.network.agents
+
+    def encode():
+        for agent, part in own.items():
+            parts[agent] = encode_labels(part, data.label, labels)
+        return None if test is None else encode_labels(test, data.label, labels)
+
+    return parts, exchange.together(processes, encode), labels
+
+
+def _read_and_divide(recipe: Recipe, hosted: range) -> tuple[list[Dataset | None], Dataset | None, list[str]]:
+    """One source divided among the agents; with `evaluation.on: global` the held-out part is taken off first."""
+    data = recipe.data
+    whole, test = _load(recipe, data.source, data.split), _read_test(recipe)
+    labels = data.labels or label_names([whole], data.label)
+    whole = encode_labels(whole, data.label, labels)
+    test = None if test is None else encode_labels(test, data.label, labels)
+    if recipe.evaluation.on == "global":
+        if test is None:
+            whole, test = hold_out(whole, data.test_size, data.split_seed, name="data.test_size")
+        if data.validation_size:
+            whole, validation = hold_out(whole, data.validation_size, data.split_seed, name="data.validation_size")
+            test = {"test": test, "validation": validation}
+    by = data.partition.by
+    column = "labels" if by == data.label else by
+    if column is not None and column not in whole.column_names:
+        raise DecafError(f"data.partition.by: no column {column!r}; the columns are {', '.join(whole.column_names)}")
+    indices = partition(
+        data.partition.kind,
+        recipe.network.agents,
+        len(whole),
+        by=None if column is None else np.asarray(whole[column]),
+        dirichlet_alpha=data.partition.alpha,
+        min_samples=max(2, recipe.training.per_device_train_batch_size),
+        seed=stream_seed(recipe.seed, "partition") % 2**32,
+    )
+    parts = [whole.select(indices[agent]) if agent in hosted else None for agent in range(recipe.network.agents)]
+    return parts, test, labels
+
+
+def _hold_out(recipe: Recipe, parts: list[Dataset | None], test: object, labels: list[str]) -> Sites:
+    data = recipe.data
+    if recipe.evaluation.on == "global":
+        held_out = test if isinstance(test, dict) else {"test": test}
+        return Sites(labels, parts, held_out, np.empty(0), data.text)
+    held_out = {"test": [None] * len(parts)}
+    train: list[Dataset | None] = [None] * len(parts)
+    if data.validation_size:
+        held_out["validation"] = [None] * len(parts)
+    for agent, part in enumerate(parts):
+        if part is None:
+            continue
+        seed = stream_seed(data.split_seed, "own", agent) % 2**32
+        for name in held_out:
+            part, held_out[name][agent] = hold_out(part, getattr(data, f"{name}_size"), seed, name=f"data.{name}_size")
+        train[agent] = part
+    return Sites(labels, train, held_out, np.empty(0), data.text)
+
+
+def _with_table(sites: Sites, processes: Processes, hosted: range) -> Sites:
+    counts = {agent: np.asarray(sites.train[agent]["labels"]) for agent in hosted}
+    table = label_table([counts[agent] for agent in hosted], len(sites.labels))
+    everyone = exchange.gather_objects(processes, table)
+    sites.table = np.concatenate(everyone)[: len(sites.train)]
+    return sites
+
+
+def pooled(parts: list[Dataset | None]) -> Dataset:
+    """The union of all agents' data, for the one learner of `centralized`."""
+    return concatenate_datasets([part for part in parts if part is not None])
+
+
+def _as_number(name: str) -> tuple[int, float | str]:
+    try:
+        return (0, float(name))
+    except ValueError:
+        return (1, name)

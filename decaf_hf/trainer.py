@@ -1,0 +1,429 @@
+"""`DecentralizedTrainer`: a Trainer whose agents each train an adapter and mix it with their neighbors'.
+
+What is ours sits in a mixin that any Trainer can take. Private methods of the Trainer that it overrides
+(transformers 5.17 to 5.23): `_clip_grad_norm`, `_save_checkpoint`, `_load_from_checkpoint`,
+`_load_optimizer_and_scheduler`, `_load_rng_state`, `_load_best_model`, and it calls `_get_dataloader`.
+"""
+
+import copy
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from torch.utils.data import ConcatDataset
+from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import rotate_checkpoints
+
+from . import checkpoint, exchange
+from .adapters import CONSENSUS, add_agents, agent_name, digest, frozen, save_adapter, trainable, write
+from .algorithms import ALGORITHMS
+from .config import DecentralizedConfig
+from .errors import DecafError
+from .hosting import Hosting
+from .mixing import MixingSchedule, complete_schedule, identity_schedule, mixing_schedule
+from .partition import partition
+from .rounds import Network, RoundCallback
+from .sampling import AgentMajorSampler
+from .seeds import stream_seed
+from .summary import versions, write_summary
+
+ROW_WISE_LOSSES = ("ForSequenceClassification",)  # losses known to be a function of each row's own logits
+
+
+class DecentralizedMixin:
+    """Agents, routed batches, rounds and per-agent bookkeeping for a Trainer class."""
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: DecentralizedConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        *pos_args: Any,
+        peft_config: LoraConfig | None = None,
+        **kwargs: Any,
+    ):
+        """Everything a Trainer takes, and:
+
+        `peft_config`: the LoRA adapter each agent trains (or pass a PeftModel with one adapter, from which all start).
+        `train_dataset`: one data set to partition, or a list with one per agent (entries of agents that other
+        processes host may be None). `eval_dataset`: one data set on which every adapter is judged, or a list with each
+        agent's own. Raises `DecafError` before anything is written.
+        """
+        if not isinstance(args, DecentralizedConfig):
+            raise DecafError(f"args must be a DecentralizedConfig, got {type(args).__name__}")
+        if not isinstance(model, nn.Module):
+            raise DecafError("model must be a loaded model; model_init is not supported: all agents share one base")
+        if (kwargs.get("optimizers") or (None, None))[0] is not None:
+            raise DecafError("the agents' adapters are made here, so pass optimizer_cls_and_kwargs instead of optimizers")
+        self.processes = args.processes
+        self.agents = list(self.processes.agents(args.num_learners))
+        self.schedule = _schedule(args)
+        self.train_sets = exchange.together(self.processes, lambda: self._own_sets(train_dataset, args))
+        self.own_eval = isinstance(eval_dataset, list | tuple)
+        if self.own_eval:
+            self._check_count("eval_dataset", eval_dataset, args)
+            pooled = ALGORITHMS[args.algorithm].pooled
+            eval_dataset = [_concatenate(list(eval_dataset))] if pooled else [eval_dataset[a] for a in self.agents]
+        self._set_length(args)
+
+        base = {f"base {name}": tensor for name, tensor in frozen(model).items()}
+        self.base_digest = digest(base)
+        with torch.random.fork_rng():
+            torch.manual_seed(stream_seed(args.seed, "adapter"))
+            model = add_agents(model, peft_config, self.agents, freeze_a=ALGORITHMS[args.algorithm].freezes_a)
+        start = {f"adapter {k}": v for k, v in trainable(model, agent_name(self.agents[0])).items()}
+        items = {**base, **start} if self.processes.count > 1 else {}
+        exchange.agree(
+            self.processes,
+            {**_comparable(args), **{name: digest({name: tensor})[:16] for name, tensor in items.items()}},
+        )
+        self.hosting = Hosting(
+            model, self.agents, mode=args.hosting, seed=args.seed, base_dropout=args.base_dropout
+        )
+        # Our losses are plain means over an agent's rows of one micro-batch; the Trainer divides by their number.
+        self.loss_is_scaled_for_ga = False
+        super().__init__(model, args, data_collator, _concatenate(self.train_sets), eval_dataset, *pos_args, **kwargs)
+        self.network = Network(
+            self.model,
+            self.processes,
+            args.num_learners,
+            args.algorithm,
+            self.schedule,
+            split=args.split,
+            align=args.align,
+        )
+        self.evaluation: dict[str, Any] | None = None  # the newest one, as it stands in metrics.jsonl
+        self._losses: list[Tensor] = []  # (hosted agents,) per micro-batch since the last round
+        self._micro_step = 0
+        for callback in (ProgressCallback, PrinterCallback):
+            self.remove_callback(callback)
+        self.rounds = RoundCallback(self)
+        self.add_callback(self.rounds)
+
+    # ---- data
+
+    def _own_sets(self, train_dataset: Any, args: DecentralizedConfig) -> list[Any]:
+        if train_dataset is None:
+            return []
+        if isinstance(train_dataset, list | tuple):
+            self._check_count("train_dataset", train_dataset, args)
+            own = [train_dataset[agent] for agent in self.agents]
+            if ALGORITHMS[args.algorithm].pooled:
+                own = [_concatenate(list(train_dataset))]
+        elif ALGORITHMS[args.algorithm].pooled:
+            own = [train_dataset]
+        else:
+            by = None if args.partition == "iid" else np.asarray(train_dataset[args.partition_by])
+            parts = partition(
+                args.partition,
+                args.num_agents,
+                len(train_dataset),
+                by=by,
+                dirichlet_alpha=args.dirichlet_alpha,
+                min_samples=max(2, args.per_device_train_batch_size),
+                seed=stream_seed(args.seed, "partition") % 2**32,
+            )
+            own = [train_dataset.select(parts[agent]) for agent in self.agents]
+        for agent, data in zip(self.agents, own, strict=True):
+            if data is None or len(data) < max(2, args.per_device_train_batch_size):
+                raise DecafError(
+                    f"agent {agent} has {0 if data is None else len(data)} training samples, fewer than "
+                    f"{max(2, args.per_device_train_batch_size)}; give it more data or lower per_device_train_batch_size"
+                )
+        return own
+
+    def _check_count(self, what: str, data: Sequence, args: DecentralizedConfig) -> None:
+        if len(data) != args.num_agents:
+            raise DecafError(f"{what} lists {len(data)} data sets for {args.num_agents} agents; give one per agent")
+
+    def _set_length(self, args: DecentralizedConfig) -> None:
+        """Fix the number of steps: whole rounds, and an epoch in which the agents draw as many samples as they own."""
+        owned = exchange.gather_objects(self.processes, sum(len(data) for data in self.train_sets))
+        drawn = args.num_learners * args.agent_batch_size * args.gradient_accumulation_steps
+        self.steps_per_epoch = max(1, math.ceil(sum(owned) / drawn))
+        if args.max_steps > 0 and args.max_steps % args.local_steps:
+            raise DecafError(
+                f"max_steps={args.max_steps} is no multiple of local_steps={args.local_steps}; training ends with a round"
+            )
+        if args.max_steps <= 0:
+            steps = math.ceil(args.num_train_epochs * self.steps_per_epoch)
+            args.max_steps = math.ceil(steps / args.local_steps) * args.local_steps
+
+    def get_train_dataloader(self):
+        """Agent-major batches: `per_device_train_batch_size` rows of each hosted agent."""
+        if not self.train_sets:
+            raise DecafError("training needs a train_dataset")
+        args = self.args
+        sampler = AgentMajorSampler(
+            [len(data) for data in self.train_sets],
+            self.agents,
+            batch_size=args.agent_batch_size,
+            batches=self.steps_per_epoch * args.gradient_accumulation_steps,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            first_batch=lambda: (
+                self.state.global_step // self.steps_per_epoch * self.steps_per_epoch * args.gradient_accumulation_steps
+            ),
+        )
+        return self._get_dataloader(
+            dataset=self.train_dataset,
+            description="Training",
+            batch_size=args.agent_batch_size * len(self.agents),
+            sampler_fn=lambda _: sampler,
+            is_training=True,
+        )
+
+    # ---- one step
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward for every hosted agent; returns the mean of their losses."""
+        inputs = self._prepare_inputs(inputs)
+        if self.hosting.batched is None:
+            self.hosting.decide(model, inputs, self._loss_obstacle())
+            self._say_hosting()
+        clock = self.hosting.clock
+        clock.step = self.state.global_step
+        clock.micro_step = self._micro_step
+        self._micro_step = (self._micro_step + 1) % self.current_gradient_accumulation_steps
+        if self.hosting.batched:
+            with self.hosting.together(inputs):
+                super().training_step(model, inputs)
+            losses = self._agent_losses
+        else:
+            losses = []
+            for index, agent in enumerate(self.agents):
+                rows = self.hosting.rows(inputs, index)
+                with self.hosting.alone(agent, rows):
+                    losses.append(super().training_step(model, rows))
+            losses = torch.stack(losses)
+        self._check_finite(losses)
+        self._losses.append(losses)
+        return losses.mean()
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ):
+        """In a shared batch the sum of the agents' own losses, so that each adapter gets exactly its own gradient."""
+        if not self.hosting.sharing:
+            return super().compute_loss(model, inputs, return_outputs=return_outputs)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        count = len(self.agents)
+        losses = []
+        for logits, own_labels in zip(outputs["logits"].chunk(count), labels.chunk(count), strict=True):
+            losses.append(self._rows_loss(logits, own_labels))
+        losses = torch.stack(losses)
+        self._agent_losses = losses.detach()
+        return losses.sum()
+
+    def mean_loss(self) -> float:
+        """Mean loss of the hosted agents since the last call; nan before the first step."""
+        losses, self._losses = self._losses, []
+        return torch.stack(losses).mean().item() if losses else math.nan
+
+    def _rows_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.compute_loss_func is not None:
+            return self.compute_loss_func({"logits": logits}, labels, num_items_in_batch=None)
+        if self.label_smoother is not None:
+            return self.label_smoother({"logits": logits}, labels)
+        base = self.model.get_base_model()
+        return base.loss_function(labels=labels, pooled_logits=logits, config=base.config)
+
+    def _loss_obstacle(self) -> str | None:
+        """Why the loss cannot be cut into the agents' own, or None."""
+        if type(self).compute_loss is not DecentralizedMixin.compute_loss:
+            return f"{type(self).__name__} computes its own loss"
+        loss_type = getattr(self.model.get_base_model(), "loss_type", None)
+        if loss_type not in ROW_WISE_LOSSES:
+            return f"a loss of type {loss_type} may couple samples"
+        return None
+
+    def _check_finite(self, losses: Tensor) -> None:
+        finite = torch.isfinite(losses)
+        if not bool(finite.all()):
+            index = int((~finite).nonzero()[0])
+            raise DecafError(
+                f"agent {self.agents[index]}: the loss is {losses[index].item()} at step {self.state.global_step + 1}; "
+                "lower learning_rate or set max_grad_norm; the checkpoint of the last round is kept"
+            )
+
+    def _clip_grad_norm(self, model: nn.Module) -> Tensor:
+        """Clip each agent's gradient by its own norm; returns the mean of the norms."""
+        self.accelerator.unscale_gradients()
+        norms = [
+            nn.utils.clip_grad_norm_(own.values(), self.args.max_grad_norm) for own in self.network.parameters.values()
+        ]
+        return torch.stack(norms).mean()
+
+    def _say_hosting(self) -> None:
+        if len(self.agents) > 1 and self.processes.is_main:
+            way = "share each batch" if self.hosting.batched else "take turns"
+            print(f"agents of one process {way}: {self.hosting.reason}", flush=True)
+
+    # ---- judging
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Judge the consensus and every agent; the metrics name which: `eval_consensus_accuracy`, `eval_agent3_loss`,
+        `eval_agents_mean_accuracy`, `eval_agents_min_accuracy`. `self.evaluation` holds the same, nested."""
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if data is None:
+            raise DecafError("evaluation needs an eval_dataset")
+        self.evaluation = self._judge(data, ignore_keys)
+        flat = {
+            f"{metric_key_prefix}_{who}_{metric}": value
+            for who in ("consensus", "agents_mean", "agents_min")
+            for metric, value in self.evaluation[who].items()
+        }
+        for agent, metrics in enumerate(self.evaluation["agents"]):
+            flat.update({f"{metric_key_prefix}_agent{agent}_{metric}": value for metric, value in metrics.items()})
+        # Under the plain names a Trainer user looks for, the consensus.
+        flat.update({f"{metric_key_prefix}_{m}": value for m, value in self.evaluation["consensus"].items()})
+        self.log(dict(flat))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, flat)
+        return flat
+
+    def _judge(self, data: Any, ignore_keys: list[str] | None) -> dict[str, Any]:
+        own = isinstance(data, list | tuple)
+        everyone = self.network.gather(everywhere=own)
+        if everyone:
+            write(trainable(self.model, CONSENSUS), self.network.consensus(everyone))
+        agents = []
+        for index, agent in enumerate(self.agents):
+            held_out = data[index] if own else data
+            metrics = self._metrics(agent_name(agent), held_out, ignore_keys)
+            on_own = self._metrics(CONSENSUS, held_out, ignore_keys) if own else None
+            agents.append((metrics, on_own, len(held_out)))
+        agents = [entry for part in exchange.gather_objects(self.processes, agents) for entry in part]
+        if own:
+            # No one sees all the data, so the consensus is judged at every agent, each held-out sample counting once.
+            total = sum(count for _, _, count in agents)
+            names = agents[0][1]
+            consensus = {name: sum(count * metrics[name] for _, metrics, count in agents) / total for name in names}
+        else:
+            consensus = self._metrics(CONSENSUS, data, ignore_keys) if self.processes.is_main else None
+            consensus = exchange.gather_objects(self.processes, consensus)[0]
+        per_agent = [metrics for metrics, _, _ in agents]
+        names = list(per_agent[0])
+        return {
+            "on": "own" if own else "global",
+            "consensus": consensus,
+            "agents": per_agent,
+            "agents_mean": {n: sum(metrics[n] for metrics in per_agent) / len(per_agent) for n in names},
+            "agents_min": {n: min(metrics[n] for metrics in per_agent) for n in names if n != "loss"},
+        }
+
+    def _metrics(self, name: str, data: Any, ignore_keys: list[str] | None) -> dict[str, float]:
+        self.hosting.activate(name)
+        output = self.evaluation_loop(
+            self.get_eval_dataloader(data),
+            description=f"Evaluation of {name}",
+            prediction_loss_only=True if self.compute_metrics is None else None,
+            ignore_keys=ignore_keys,
+            metric_key_prefix="eval",
+        )
+        drop = ("eval_model_preparation_time",)
+        return {key.removeprefix("eval_"): float(value) for key, value in output.metrics.items() if key not in drop}
+
+    # ---- saving and resuming
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+        """As `Trainer.train`; True resumes at the newest checkpoint of the output folder."""
+        if resume_from_checkpoint is True:
+            last = checkpoint.last_checkpoint(self.args.output_dir)
+            if last is None:
+                raise DecafError(f"no checkpoint to resume from in {self.args.output_dir}/checkpoints")
+            resume_from_checkpoint = str(last)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write `consensus/`, `agents/<i>/` and `summary.json`; process 0 writes for all."""
+        everyone = self.network.gather()
+        if not self.processes.is_main:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        config = copy.deepcopy(self.model.peft_config[CONSENSUS])
+        for agent, tensors in everyone.items():
+            save_adapter(folder / "agents" / str(agent), tensors, config)
+        save_adapter(folder / "consensus", self.network.consensus(everyone), config)
+        write_summary(folder, self)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.store_flos()
+        folder = checkpoint.folder(self.args.output_dir, self.state.global_step)
+        if self.state.best_global_step:
+            best = checkpoint.folder(self.args.output_dir, self.state.best_global_step)
+            if best.exists() or best == folder:
+                self.state.best_model_checkpoint = str(best)
+        for callback in [*self.callback_handler.callbacks, self.control]:
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks[type(callback).__name__] = callback.state()
+        checkpoint.save(
+            folder, self.processes, self.network.parameters, self.optimizer, self.lr_scheduler, self.state
+        )
+        if self.processes.is_main:
+            rotate_checkpoints(
+                output_dir=str(folder.parent),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+            )
+
+    def _load_best_model(self) -> None:
+        checkpoint.load_adapters(Path(self.state.best_model_checkpoint), self.network.parameters)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        checkpoint.load_adapters(Path(resume_from_checkpoint), self.network.parameters)
+
+    def _load_optimizer_and_scheduler(self, resume_from_checkpoint: str | None) -> None:
+        if resume_from_checkpoint is not None:
+            checkpoint.load_training(
+                Path(resume_from_checkpoint), self.network.parameters, self.optimizer, self.lr_scheduler
+            )
+
+    def _load_rng_state(self, resume_from_checkpoint: str | None) -> None:
+        """Nothing to load: every random stream follows from seed, agent and step."""
+
+
+class DecentralizedTrainer(DecentralizedMixin, Trainer):
+    """A `transformers.Trainer` whose agents take part in consensus rounds; see `DecentralizedMixin.__init__`."""
+
+
+def _schedule(args: DecentralizedConfig) -> MixingSchedule:
+    algorithm = ALGORITHMS[args.algorithm]
+    if algorithm.complete:
+        return complete_schedule(args.num_learners)
+    if algorithm.mix is None:
+        return identity_schedule(args.num_learners)
+    return mixing_schedule(
+        args.topology,
+        args.num_agents,
+        args.weights,
+        degree=args.degree,
+        probability=args.probability,
+        seed=stream_seed(args.seed, "graph") % 2**32,
+    )
+
+
+def _concatenate(parts: list[Any]) -> Any:
+    if not parts:
+        return None
+    if all(isinstance(part, datasets.Dataset) for part in parts):
+        return datasets.concatenate_datasets(parts)
+    return ConcatDataset(parts)
+
+
+def _comparable(args: DecentralizedConfig) -> dict[str, str]:
+    """What all processes must agree on, one item per argument; folders and process numbers may differ."""
+    own = {"output_dir", "logging_dir", "local_rank", "run_name", "hub_token"}
+    settings = {f"argument {k}": json.dumps(v, default=str) for k, v in args.to_dict().items() if k not in own}
+    return {**settings, **{f"version {name}": version for name, version in versions().items()}}
