@@ -17,7 +17,7 @@ from .lowrank import LoraFactors, product_gram, product_norm, refactor, stack_pr
 
 @dataclass(frozen=True)
 class Adapter:
-    """One agent's trainable tensors: LoRA pairs by layer, all others by name. Scalings turn `B @ A` into the update."""
+    """One agent's trainable tensors: LoRA pairs by layer, all others by name; scaling turns `B @ A` into the update."""
 
     factors: dict[str, LoraFactors]
     others: dict[str, Tensor]
@@ -25,24 +25,23 @@ class Adapter:
 
 
 class Mixed(NamedTuple):
-    """What mixing returns; the two diagnostics are relative to the norm of the exact mean product."""
+    """What mixing returns."""
 
     adapter: Adapter
-    interference: float  # |mean(B) mean(A) - mean(B A)|, what averaging the factors would get wrong
-    truncation: float  # the part of the mean product's spectrum that rank r cannot hold
+    truncation: float  # norm of the spectrum that rank r cannot hold, relative to the mean product's norm
 
 
 @dataclass(frozen=True)
 class Algorithm:
     """One row of the table of algorithms."""
 
-    mix: Callable[..., Adapter] | None  # None: agents never mix
+    mix: Callable[..., Mixed] | None  # None: agents never mix
     freezes_a: bool = False  # A is common, never trained and never sent
     complete: bool = False  # mixes as a server would: complete graph, weights 1/N, whatever the topology
     pooled: bool = False  # one adapter on the union of all data
 
 
-def average_factors(own: Adapter, senders: Sequence[Adapter], weights: Sequence[float], **_) -> Adapter:
+def average_factors(own: Adapter, senders: Sequence[Adapter], weights: Sequence[float], **_) -> Mixed:
     """DLoRA: `A <- sum_j w_j A_j`, `B <- sum_j w_j B_j`; exact when A is common (DLoRA-FA)."""
     factors = {
         layer: LoraFactors(
@@ -51,36 +50,40 @@ def average_factors(own: Adapter, senders: Sequence[Adapter], weights: Sequence[
         )
         for layer in own.factors
     }
-    return Adapter(factors, _average_others(own, senders, weights), own.scaling)
+    return Mixed(Adapter(factors, _average_others(own, senders, weights), own.scaling), truncation=0.0)
 
 
-def average_b(own: Adapter, senders: Sequence[Adapter], weights: Sequence[float], **_) -> Adapter:
+def average_b(own: Adapter, senders: Sequence[Adapter], weights: Sequence[float], **_) -> Mixed:
     """DLoRA-FA: A is common and stays, `B <- sum_j w_j B_j`, so the mean of the products is exact."""
     factors = {
         layer: LoraFactors(pair.A, _weighted_sum([sender.factors[layer].B for sender in senders], weights))
         for layer, pair in own.factors.items()
     }
-    return Adapter(factors, _average_others(own, senders, weights), own.scaling)
+    return Mixed(Adapter(factors, _average_others(own, senders, weights), own.scaling), truncation=0.0)
 
 
 def average_products(
     own: Adapter, senders: Sequence[Adapter], weights: Sequence[float], *, split: str, align: bool
-) -> Adapter:
+) -> Mixed:
     """DeCAF: `s B A <- TSVD_r(sum_j w_j s_j B_j A_j)`, layers of one shape in one batch."""
     factors: dict[str, LoraFactors] = {}
+    kept = discarded = torch.zeros((), dtype=torch.float64)
     for layers in layers_by_shape(own):
         previous = stack_layers(own, layers)
         L, R = _mean_product(layers, senders, weights)
         svd = truncated_svd(L, R, previous.A.shape[-2])
+        kept = kept + svd.S.double().square().sum().cpu()
+        discarded = discarded + svd.discarded.double().square().sum().cpu()
         # The factors leave the scaling out again; it is one number per group (layers_by_shape).
         svd = svd._replace(S=svd.S / own.scaling[layers[0]])
         mixed = refactor(svd, previous, split=split, align=align)
         for index, layer in enumerate(layers):
             pair = own.factors[layer]
             factors[layer] = LoraFactors(mixed.A[index].to(pair.A.dtype), mixed.B[index].to(pair.B.dtype))
-    return Adapter(
-        {layer: factors[layer] for layer in own.factors}, _average_others(own, senders, weights), own.scaling
-    )
+    total = kept + discarded
+    truncation = (discarded / total).sqrt().item() if total > 0 else 0.0
+    factors = {layer: factors[layer] for layer in own.factors}
+    return Mixed(Adapter(factors, _average_others(own, senders, weights), own.scaling), truncation)
 
 
 ALGORITHMS = {
@@ -94,25 +97,21 @@ ALGORITHMS = {
 }
 
 
-def mix(
-    algorithm: str, own: Adapter, senders: Sequence[Adapter], weights: Sequence[float], *, split: str, align: bool
-) -> Mixed:
-    """Mix one agent's adapter with those it received; `senders` includes its own, `weights` is its row of Pi."""
-    rule = ALGORITHMS[algorithm].mix
-    assert rule is not None, f"{algorithm} does not mix"
-    adapter = rule(own, senders, weights, split=split, align=align)
-    mean, interference, truncation = 0.0, 0.0, 0.0
+def interference(senders: Sequence[Adapter], weights: Sequence[float]) -> float:
+    """Consensus interference: `|mean(B) mean(A) - mean(B A)|` relative to `|mean(B A)|`, by a row of Pi.
+
+    What averaging the factors gets wrong; 0 for a common A or for agents that agree.
+    """
+    own = senders[0]
+    naive = average_factors(own, senders, weights).adapter
+    gap = mean = 0.0
     for layers in layers_by_shape(own):
         L, R = _mean_product(layers, senders, weights)
         mean += product_norm(L, R).square().item()
-        naive = average_factors(
-            Adapter({layer: own.factors[layer] for layer in layers}, {}, own.scaling), senders, weights
-        )
-        interference += _distance(L, R, naive, layers)
-        if rule is average_products:
-            truncation += _distance(L, R, adapter, layers)
-    relative = [(gap / mean) ** 0.5 if mean > 0 else 0.0 for gap in (interference, truncation)]
-    return Mixed(adapter, *relative)
+        pair = stack_layers(naive, layers)
+        L = torch.cat([L, -naive.scaling[layers[0]] * pair.B], dim=-1)
+        gap += product_norm(L, torch.cat([R, pair.A], dim=-2)).square().item()
+    return (gap / mean) ** 0.5 if mean > 0 else 0.0
 
 
 def consensus(algorithm: str, adapters: Sequence[Adapter], *, split: str, align: bool) -> Adapter:
@@ -123,7 +122,7 @@ def consensus(algorithm: str, adapters: Sequence[Adapter], *, split: str, align:
     if len(adapters) == 1:
         return adapters[0]
     rule = ALGORITHMS[algorithm].mix or average_products
-    return rule(adapters[0], adapters, [1 / len(adapters)] * len(adapters), split=split, align=align)
+    return rule(adapters[0], adapters, [1 / len(adapters)] * len(adapters), split=split, align=align).adapter
 
 
 def consensus_distance(adapters: Sequence[Adapter]) -> float:
@@ -161,13 +160,6 @@ def _mean_product(
 ) -> tuple[Tensor, Tensor]:
     scaled = [weight * sender.scaling[layers[0]] for weight, sender in zip(weights, senders, strict=True)]
     return stack_products([stack_layers(sender, layers) for sender in senders], scaled)
-
-
-def _distance(L: Tensor, R: Tensor, adapter: Adapter, layers: Sequence[str]) -> float:
-    """Squared distance of an adapter's update to the mean product `L @ R`, without forming either."""
-    pair = stack_layers(adapter, layers)
-    L = torch.cat([L, -adapter.scaling[layers[0]] * pair.B], dim=-1)
-    return product_norm(L, torch.cat([R, pair.A], dim=-2)).square().item()
 
 
 def _average_others(own: Adapter, senders: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Tensor]:

@@ -80,8 +80,8 @@ def load_adapters(folder: Path, parameters: Mapping[int, Mapping[str, nn.Paramet
                 saved = tensors.get(f"adapter.{name}")
                 if saved is None or saved.shape != parameter.shape:
                     raise DecafError(
-                        f"{folder}: agent {agent} has {name} of shape {None if saved is None else tuple(saved.shape)}, "
-                        f"the model has {tuple(parameter.shape)}; resume with the recipe the run was started with"
+                        f"{folder}: {name} of agent {agent} does not fit the model's {tuple(parameter.shape)}; "
+                        "resume with the recipe the run was started with"
                     )
                 parameter.copy_(saved)
 

@@ -12,7 +12,7 @@ from .errors import DecafError
 def main(arguments: list[str] | None = None) -> int:
     """Run one `decaf` command; returns its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         return options.command(options, arguments)
     except DecafError as error:
@@ -20,6 +20,17 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     finally:
         exchange.leave()
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    # argparse takes positional words in one stretch only; key=value may also follow the options
+    if any(word.startswith("-") or "=" not in word for word in rest) or (rest and "overrides" not in options):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> int:
@@ -126,7 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--overwrite", action="store_true", help="replace an existing run folder")
     train.set_defaults(command=_train)
 
-    compare = commands.add_parser("compare", help="several algorithms, each at its own best setting", allow_abbrev=False)
+    compare = commands.add_parser(
+        "compare", help="several algorithms, each at its own best setting", allow_abbrev=False
+    )
     compare.add_argument("recipe", help="a recipe YAML")
     compare.add_argument("overrides", nargs="*", metavar="section.key=value", help="beats the recipe")
     compare.add_argument("--algorithms", required=True, help="names separated by commas")

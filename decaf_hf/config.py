@@ -33,7 +33,9 @@ class DecentralizedConfig(TrainingArguments):
         default="metropolis",
         metadata={"help": "Mixing weights of the edges: metropolis, uniform, or explicit (the file is the matrix)."},
     )
-    degree: int | None = field(default=None, metadata={"help": "Neighbors per agent in a random_regular or small_world graph."})
+    degree: int | None = field(
+        default=None, metadata={"help": "Neighbors per agent, for random_regular and small_world."}
+    )
     probability: float | None = field(
         default=None, metadata={"help": "Edge probability of erdos_renyi, rewiring probability of small_world."}
     )
@@ -57,7 +59,7 @@ class DecentralizedConfig(TrainingArguments):
     )
     hosting: str = field(
         default="auto",
-        metadata={"help": f"How the agents of one process train: {', '.join(MODES)}; auto shares a batch if possible."},
+        metadata={"help": f"How the agents of one process train: {', '.join(MODES)}; auto shares a batch if it can."},
     )
     base_dropout: bool = field(
         default=False,

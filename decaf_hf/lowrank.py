@@ -146,7 +146,7 @@ def _usable_rows(svd: TruncatedSVD, previous_A: Tensor) -> tuple[Tensor, Tensor]
     """
     _, S, Vh, _ = svd
     # Below this a singular value is rounding noise of the SVD, and its vector is noise as well.
-    live = S > S[..., :1] * max(Vh.shape[-1], svd.U.shape[-2]) * torch.finfo(S.dtype).eps
+    live = S[..., :1] * max(Vh.shape[-1], svd.U.shape[-2]) * torch.finfo(S.dtype).eps < S
     if bool(live.all()):
         return Vh, live
     kept = Vh * live[..., None]

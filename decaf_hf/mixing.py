@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decaf_hf.errors import DecafError, require_one_of
-from decaf_hf.topology import (
+from .errors import DecafError, require_one_of
+from .topology import (
     CHANGING,
     TOPOLOGIES,
     check_agents,

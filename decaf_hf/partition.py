@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from decaf_hf.errors import DecafError, require_one_of
+from .errors import DecafError, require_one_of
 
 KINDS = ("iid", "dirichlet", "classes", "column", "files")
 MAX_DRAWS = 1000

@@ -32,8 +32,8 @@ from pydantic import (
 )
 from transformers import TrainingArguments
 
-from decaf_hf.errors import DecafError, did_you_mean
-from decaf_hf.topology import TOPOLOGIES
+from .errors import DecafError, did_you_mean
+from .topology import TOPOLOGIES
 
 Key = tuple[Any, ...]  # ("data", "partition", "kind"), written data.partition.kind
 

@@ -24,12 +24,13 @@ if TYPE_CHECKING:
 MIB = 2**20
 
 
-class RoundReport(NamedTuple):
-    """Means over the hosted agents."""
+class Exchanged(NamedTuple):
+    """What one hosted agent mixed in a round, and what it sent."""
 
-    interference: float
+    senders: list[algorithms.Adapter]  # as they arrived, its own among them
+    weights: list[float]
     truncation: float
-    payload_bytes: float
+    payload_bytes: int
 
 
 class Network:
@@ -61,31 +62,39 @@ class Network:
         self.travels = [name for name in like if name not in stays]
 
     @torch.no_grad()
-    def mix(self, round_index: int) -> RoundReport:
+    def mix(self, round_index: int) -> list[Exchanged]:
         """One exchange along the edges of this round and one mix; an agent without neighbors keeps its adapter."""
-        if algorithms.ALGORITHMS[self.algorithm].mix is None:
-            return RoundReport(0.0, 0.0, 0.0)
+        rule = algorithms.ALGORITHMS[self.algorithm].mix
+        if rule is None:
+            return []
         neighbors = self.schedule.neighbors(round_index)
         matrix = self.schedule.matrix(round_index)
-        own = {agent: exchange.pack([tensors[name] for name in self.travels]) for agent, tensors in self.parameters.items()}
+        own = {
+            agent: exchange.pack([tensors[name] for name in self.travels])
+            for agent, tensors in self.parameters.items()
+        }
         received = exchange.exchange(self.processes, own, neighbors)
-        adapters = {agent: self._adapter(agent, buffer) for agent, buffer in received.items()}
-        mixed = {}
+        adapters = {agent: self._adapter(buffer) for agent, buffer in received.items()}
+        done = []
         for agent in self.agents:
-            senders = sorted({agent} | neighbors[agent])
-            if len(senders) > 1:
-                weights = [matrix[agent, sender].item() for sender in senders]
-                mixed[agent] = algorithms.mix(
-                    self.algorithm, adapters[agent], [adapters[s] for s in senders], weights, **self.options
-                )
-        for agent, result in mixed.items():
-            write(self.parameters[agent], as_tensors(result.adapter, self.parameters[agent]))
+            around = sorted({agent} | neighbors[agent])
+            if len(around) > 1:
+                senders, weights = [adapters[s] for s in around], matrix[agent, around].tolist()
+                mixed = rule(adapters[agent], senders, weights, **self.options)
+                # Adapters that others still need are the received copies, so writing at once disturbs nobody.
+                write(self.parameters[agent], as_tensors(mixed.adapter, self.parameters[agent]))
+                sent = own[agent].numel() * len(neighbors[agent])
+                done.append(Exchanged(senders, weights, mixed.truncation, sent))
+        return done
+
+    def measure(self, done: list[Exchanged]) -> dict[str, float]:
+        """Means over the hosted agents of what their exchange showed; an agent that did not mix counts with zero."""
         count = len(self.agents)
-        return RoundReport(
-            sum(result.interference for result in mixed.values()) / count,
-            sum(result.truncation for result in mixed.values()) / count,
-            sum(own[agent].numel() * len(neighbors[agent]) for agent in self.agents) / count,
-        )
+        return {
+            "interference": sum(algorithms.interference(e.senders, e.weights) for e in done) / count,
+            "truncation": sum(e.truncation for e in done) / count,
+            "payload_mib": sum(e.payload_bytes for e in done) / count / MIB,
+        }
 
     def gather(self, *, everywhere: bool = False) -> dict[int, dict[str, Tensor]]:
         """All agents' adapters at process 0 (or everywhere) for measuring and saving; empty at the other processes."""
@@ -106,7 +115,7 @@ class Network:
         """How far the agents' updates are from their mean (algorithms.consensus_distance)."""
         return algorithms.consensus_distance([as_adapter(everyone[agent], self.scaling) for agent in sorted(everyone)])
 
-    def _adapter(self, agent: int, buffer: Tensor) -> algorithms.Adapter:
+    def _adapter(self, buffer: Tensor) -> algorithms.Adapter:
         like = self.parameters[self.agents[0]]
         tensors = exchange.unpack(buffer, {name: like[name] for name in self.travels})
         # What did not travel is common to all agents (the frozen A of dlora-fa).
@@ -137,26 +146,27 @@ class RoundCallback(TrainerCallback):
             return
         round_index = state.global_step // args.local_steps
         trained = self._now()
-        report = self.network.mix(round_index)
+        done = self.network.mix(round_index)
         mixed = self._now()
+        own = {"loss": self.trainer.mean_loss(), **self.network.measure(done)}
         everyone = self.network.gather()
-        loss = self.trainer.mean_loss()
-        means = exchange.gather_objects(self.network.processes, (len(self.network.agents), loss, report))
-        measured = self._now()
+        parts = exchange.gather_objects(self.network.processes, (len(self.network.agents), own))
         if self.network.processes.is_main:
-            total = sum(count for count, _, _ in means)
+            total = sum(count for count, _ in parts)
+            mean = {name: sum(count * part[name] for count, part in parts) / total for name in own}
+            distance = self.network.consensus_distance(everyone)
             self.pending = {
                 "round": round_index,
                 "step": state.global_step,
-                "loss": sum(count * loss for count, loss, _ in means) / total,
+                "loss": mean["loss"],
                 "learning_rate": self.trainer.lr_scheduler.get_last_lr()[0],
-                "consensus_distance": self.network.consensus_distance(everyone),
-                "interference": sum(count * report.interference for count, _, report in means) / total,
-                "truncation": sum(count * report.truncation for count, _, report in means) / total,
-                "payload_mib": sum(count * report.payload_bytes for count, _, report in means) / total / MIB,
+                "consensus_distance": distance,
+                "interference": mean["interference"],
+                "truncation": mean["truncation"],
+                "payload_mib": mean["payload_mib"],
                 "train_seconds": trained - self.started,
                 "mix_seconds": mixed - trained,
-                "measure_seconds": measured - mixed,
+                "measure_seconds": self._now() - mixed,
             }
             self.trainer.log({key: value for key, value in self.pending.items() if key != "step"})
         if state.global_step >= state.max_steps and self.trainer.eval_dataset is not None:

@@ -134,7 +134,7 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -
         if changed:
             raise DecafError(f"{folder} was started with another {changed}; resume with the recipe in that folder")
     elif folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
-        raise DecafError(f"run folder {folder} exists; use --resume to go on, --overwrite to replace it, or another name")
+        raise DecafError(f"run folder {folder} exists; use --resume, --overwrite or another name")
 
 
 def _first_difference(before: dict, after: dict, where: str = "") -> str | None:
@@ -158,4 +158,6 @@ def _say_end(console: Console, recipe: Recipe, trainer: DecentralizedTrainer, si
         highlight=False,
     )
     console.print(f"\nConsensus adapter: {folder / 'consensus'}, agents' adapters: {folder / 'agents'}. To load it:\n")
-    console.print(loading_snippet(recipe, folder / "consensus", sites.labels), highlight=False, soft_wrap=True, markup=False)
+    console.print(
+        loading_snippet(recipe, folder / "consensus", sites.labels), highlight=False, soft_wrap=True, markup=False
+    )

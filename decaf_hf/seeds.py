@@ -1,4 +1,4 @@
-"""Random streams as arithmetic: every draw's seed follows from what it is for, so nothing has to be stored to resume."""
+"""Random streams as arithmetic: a draw's seed follows from what it is for, so nothing is stored to resume."""
 
 import hashlib
 

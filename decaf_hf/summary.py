@@ -47,9 +47,7 @@ def summarize(trainer: "DecentralizedMixin") -> dict[str, Any]:
         "hosting": "batched" if trainer.hosting.batched else "turns",
         "eval": trainer.evaluation,
         "payload_mib": sum(line["payload_mib"] for line in lines),
-        "seconds": {
-            part: sum(line[f"{part}_seconds"] for line in lines) for part in ("train", "mix", "measure")
-        },
+        "seconds": {part: sum(line[f"{part}_seconds"] for line in lines) for part in ("train", "mix", "measure")},
         "base_model_digest": trainer.base_digest,
         "versions": versions(),
         "git_commit": git_commit(),

@@ -1,4 +1,4 @@
-"""What a recipe's task means: the base model, its tokenizer and the adapter's task type. Text classification so far."""
+"""What a recipe's task means: the base model, its tokenizer and the adapter's task type. Text classification."""
 
 from pathlib import Path
 

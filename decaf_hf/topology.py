@@ -11,7 +11,7 @@ from pathlib import Path
 import networkx as nx
 import numpy as np
 
-from decaf_hf.errors import DecafError, require_one_of
+from .errors import DecafError, require_one_of
 
 STATIC = (
     "ring",

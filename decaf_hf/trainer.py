@@ -8,7 +8,7 @@ What is ours sits in a mixin that any Trainer can take. Private methods of the T
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class DecentralizedMixin:
         if not isinstance(model, nn.Module):
             raise DecafError("model must be a loaded model; model_init is not supported: all agents share one base")
         if (kwargs.get("optimizers") or (None, None))[0] is not None:
-            raise DecafError("the agents' adapters are made here, so pass optimizer_cls_and_kwargs instead of optimizers")
+            raise DecafError("the agents' adapters are made here: pass optimizer_cls_and_kwargs, not optimizers")
         self.processes = args.processes
         self.agents = list(self.processes.agents(args.num_learners))
         self.schedule = _schedule(args)
@@ -87,9 +87,7 @@ class DecentralizedMixin:
             self.processes,
             {**_comparable(args), **{name: digest({name: tensor})[:16] for name, tensor in items.items()}},
         )
-        self.hosting = Hosting(
-            model, self.agents, mode=args.hosting, seed=args.seed, base_dropout=args.base_dropout
-        )
+        self.hosting = Hosting(model, self.agents, mode=args.hosting, seed=args.seed, base_dropout=args.base_dropout)
         # Our losses are plain means over an agent's rows of one micro-batch; the Trainer divides by their number.
         self.loss_is_scaled_for_ga = False
         super().__init__(model, args, data_collator, _concatenate(self.train_sets), eval_dataset, *pos_args, **kwargs)
@@ -137,8 +135,9 @@ class DecentralizedMixin:
         for agent, data in zip(self.agents, own, strict=True):
             if data is None or len(data) < max(2, args.per_device_train_batch_size):
                 raise DecafError(
-                    f"agent {agent} has {0 if data is None else len(data)} training samples, fewer than "
-                    f"{max(2, args.per_device_train_batch_size)}; give it more data or lower per_device_train_batch_size"
+                    f"agent {agent} has {0 if data is None else len(data)} training samples, fewer than the "
+                    f"{max(2, args.per_device_train_batch_size)} needed; give it more data or lower "
+                    "per_device_train_batch_size"
                 )
         return own
 
@@ -153,7 +152,7 @@ class DecentralizedMixin:
         self.steps_per_epoch = max(1, math.ceil(sum(owned) / drawn))
         if args.max_steps > 0 and args.max_steps % args.local_steps:
             raise DecafError(
-                f"max_steps={args.max_steps} is no multiple of local_steps={args.local_steps}; training ends with a round"
+                f"max_steps={args.max_steps} is no multiple of local_steps={args.local_steps}; a run ends with a round"
             )
         if args.max_steps <= 0:
             steps = math.ceil(args.num_train_epochs * self.steps_per_epoch)
@@ -171,7 +170,10 @@ class DecentralizedMixin:
             batches=self.steps_per_epoch * args.gradient_accumulation_steps,
             seed=args.seed if args.data_seed is None else args.data_seed,
             first_batch=lambda: (
-                self.state.global_step // self.steps_per_epoch * self.steps_per_epoch * args.gradient_accumulation_steps
+                self.state.global_step
+                // self.steps_per_epoch
+                * self.steps_per_epoch
+                * args.gradient_accumulation_steps
             ),
         )
         return self._get_dataloader(
@@ -181,6 +183,10 @@ class DecentralizedMixin:
             sampler_fn=lambda _: sampler,
             is_training=True,
         )
+
+    def _first_batch_of_epoch(self) -> int:
+        epoch = self.state.global_step // self.steps_per_epoch
+        return epoch * self.steps_per_epoch * self.args.gradient_accumulation_steps
 
     # ---- one step
 
@@ -252,7 +258,7 @@ class DecentralizedMixin:
         if not bool(finite.all()):
             index = int((~finite).nonzero()[0])
             raise DecafError(
-                f"agent {self.agents[index]}: the loss is {losses[index].item()} at step {self.state.global_step + 1}; "
+                f"agent {self.agents[index]}: loss {losses[index].item()} at step {self.state.global_step + 1}; "
                 "lower learning_rate or set max_grad_norm; the checkpoint of the last round is kept"
             )
 
@@ -368,9 +374,7 @@ class DecentralizedMixin:
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-        checkpoint.save(
-            folder, self.processes, self.network.parameters, self.optimizer, self.lr_scheduler, self.state
-        )
+        checkpoint.save(folder, self.processes, self.network.parameters, self.optimizer, self.lr_scheduler, self.state)
         if self.processes.is_main:
             rotate_checkpoints(
                 output_dir=str(folder.parent),
