@@ -17,7 +17,7 @@ from .lowrank import LoraFactors, product_gram, product_norm, refactor, stack_pr
 
 @dataclass(frozen=True)
 class Adapter:
-    """One agent's trainable tensors: LoRA pairs by layer, all others by name; scaling turns `B @ A` into the update."""
+    """One agent's trainable tensors: LoRA pairs by layer, others by name; scaling turns `B @ A` into the update."""
 
     factors: dict[str, LoraFactors]
     others: dict[str, Tensor]

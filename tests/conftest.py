@@ -1,0 +1,24 @@
+"""Every test runs offline, on few threads, with what forked agents need already imported."""
+
+import os
+import tempfile
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="decaf-tests-")
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+from decaf_hf import exchange
+
+torch.set_num_threads(1)
+torch.testing.assert_close(torch.zeros(1), torch.zeros(1))  # its lazy imports cost seconds in every forked child
+
+
+@pytest.fixture(autouse=True)
+def _left_alone():
+    """No test inherits another's group of processes."""
+    yield
+    exchange.leave()
