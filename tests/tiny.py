@@ -60,9 +60,8 @@ def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 
 def lora(**changes) -> LoraConfig:
-    return LoraConfig(
-        **{"r": 2, "lora_alpha": 4, "target_modules": ["query", "value"], "task_type": TaskType.SEQ_CLS, **changes}
-    )
+    usual = {"r": 2, "lora_alpha": 4, "target_modules": ["query", "value"], "task_type": TaskType.SEQ_CLS}
+    return LoraConfig(**{**usual, **changes})
 
 
 def trainer(folder, model=None, lora_config=None, sites=None, **changes) -> DecentralizedTrainer:
@@ -105,8 +104,7 @@ def adapters(trainer: DecentralizedTrainer) -> dict[int, dict[str, torch.Tensor]
 def assert_same(got: dict, expected: dict, atol: float = 0.0) -> None:
     """All agents' tensors equal, exactly unless a tolerance is given."""
     assert got.keys() == expected.keys()
-    for agent in expected:
-        for name, tensor in expected[agent].items():
-            torch.testing.assert_close(
-                got[agent][name], tensor, rtol=0, atol=atol, msg=lambda m: f"{agent} {name}: {m}"
-            )
+    for agent, tensors in expected.items():
+        for name, tensor in tensors.items():
+            where = f"agent {agent}, {name}: "
+            torch.testing.assert_close(got[agent][name], tensor, rtol=0, atol=atol, msg=where.__add__)
