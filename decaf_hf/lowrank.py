@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 SPLITS = ("sqrt", "us_v", "row_norms")
 
@@ -55,16 +56,21 @@ def truncated_svd(L: Tensor, R: Tensor, lora_rank: int) -> TruncatedSVD:
     if L.shape[-1] >= min(L.shape[-2], R.shape[-1]):  # the product is no larger than the core would be
         U, S, Vh = torch.linalg.svd(L @ R, full_matrices=False)
     else:
-        left_basis, left = torch.linalg.qr(L)
-        right_basis, right = torch.linalg.qr(R.mT)
-        U, S, Vh = torch.linalg.svd(left @ right.mT, full_matrices=False)
-        U, Vh = left_basis @ U, Vh @ right_basis.mT
+        k = L.shape[-1]
+        # The orthogonal factors stay as Householder reflections: only lora_rank of their columns are ever needed.
+        left, left_tau = torch.geqrf(L)
+        right, right_tau = torch.geqrf(R.mT)
+        core = left[..., :k, :].triu() @ right[..., :k, :].triu().mT
+        U, S, Vh = torch.linalg.svd(core)
+        U, Vh = U[..., :lora_rank], Vh[..., :lora_rank, :]
+        U = torch.ormqr(left, left_tau, pad(U, (0, 0, 0, L.shape[-2] - k)))
+        Vh = torch.ormqr(right, right_tau, pad(Vh.mT, (0, 0, 0, R.shape[-1] - k))).mT
     discarded = torch.linalg.vector_norm(S[..., lora_rank:], dim=-1)
     missing = lora_rank - S.shape[-1]
     if missing > 0:  # fewer directions than the receiver has room for
-        U = torch.nn.functional.pad(U, (0, missing))
-        S = torch.nn.functional.pad(S, (0, missing))
-        Vh = torch.nn.functional.pad(Vh, (0, 0, 0, missing))
+        U = pad(U, (0, missing))
+        S = pad(S, (0, missing))
+        Vh = pad(Vh, (0, 0, 0, missing))
     return TruncatedSVD(U[..., :lora_rank], S[..., :lora_rank], Vh[..., :lora_rank, :], discarded)
 
 

@@ -18,9 +18,9 @@ import torch
 from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import rotate_checkpoints
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from . import checkpoint, exchange
 from .adapters import CONSENSUS, add_agents, agent_name, digest, frozen, save_adapter, trainable, write
@@ -350,7 +350,19 @@ class DecentralizedMixin:
             if last is None:
                 raise DecafError(f"no checkpoint to resume from in {self.args.output_dir}/checkpoints")
             resume_from_checkpoint = str(last)
+        if resume_from_checkpoint:
+            state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / checkpoint.STATE_NAME))
+            if state.global_step >= self.args.max_steps:
+                return self._finished(resume_from_checkpoint, state)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _finished(self, folder: str, state: TrainerState) -> TrainOutput:
+        """Take up a run whose last round is done; the Trainer's own loop would add a step."""
+        self.state = state
+        self._load_from_checkpoint(folder)
+        if self.eval_dataset is not None:
+            self.evaluate()
+        return TrainOutput(state.global_step, 0.0, {})
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write `consensus/`, `agents/<i>/` and `summary.json`; process 0 writes for all."""

@@ -1,0 +1,311 @@
+"""Promise 8: what cannot run is refused in one line with exit code 2, and nothing is left on disk."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from decaf_hf import checkpoint, exchange
+from decaf_hf.errors import DecafError
+
+from . import tiny_recipe
+from .agents import run_agents
+from .tiny_recipe import command, owned_rows, tree, write_csv, write_recipe
+
+
+@pytest.fixture(scope="module")
+def material(tmp_path_factory):
+    """Model, texts and recipe, written once."""
+    folder = tmp_path_factory.mktemp("material")
+    write_recipe(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(material, tmp_path, monkeypatch):
+    """The material's copy in an empty current folder, so that relative paths would be seen too."""
+    shutil.copytree(material, tmp_path, dirs_exist_ok=True)
+    write_recipe(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def one_line(code: int, err: str, *named: str) -> str:
+    """The refusal, checked for its form and for what it names."""
+    lines = err.splitlines()
+    assert code == 2
+    assert len(lines) == 1, err
+    assert lines[0].startswith("decaf: error: ")
+    for word in named:
+        assert word in lines[0], lines[0]
+    return lines[0]
+
+
+def refused(folder, *words: object, named: tuple[str, ...]) -> None:
+    """`decaf train recipe.yaml WORDS` is refused, names what is wrong and leaves the disk as it was."""
+    before = tree(folder)
+    code, _, err = command("train", "recipe.yaml", *words)
+    one_line(code, err, *named)
+    assert tree(folder) == before
+
+
+RECIPE = {
+    "unknown key": (["network.agent=3"], ("network.agent:", "unknown key", "did you mean 'network.agents'?")),
+    "unknown section": (["optimizer.lr=1"], ("optimizer", "unknown key")),
+    "wrong type": (["network.agents=three"], ("network.agents: 'three' is not a whole number",)),
+    "wrong type, number": (["algorithm.rounds=1.5"], ("algorithm.rounds", "1.5")),
+    "misspelt algorithm": (["algorithm.name=dekaf"], ("algorithm.name", "'dekaf'", "did you mean 'decaf'?")),
+    "misspelt topology": (["network.topology=rings"], ("network.topology", "'rings'", "did you mean 'ring'?")),
+    "misspelt metric": (["evaluation.metrics=[acuracy]"], ("metrics", "'acuracy'", "did you mean 'accuracy'?")),
+    "centralized cannot be misspelt": (["algorithm.name=central"], ("'central'", "did you mean 'centralized'?")),
+    "no assignment before =": (["=3"], ("'=3' is not of the form section.key=value",)),
+}
+
+DATA = {
+    "no model folder": (["model.name_or_path=./nowhere"], ("model.name_or_path", "'./nowhere'")),
+    "no package": (["model.name_or_path=package:no_such_thing/model"], ("no_such_thing", "not installed")),
+    "no package with data": (["data.source=package:no_such_thing/texts"], ("no_such_thing", "not installed")),
+    "no data file": (["data.source=./no.csv"], ("no such file", "./no.csv")),
+    "no column": (["data.source=owned.csv", "data.label=labl"], ("'labl'", "data.label", "did you mean 'label'?")),
+    "no text column": (["data.source=owned.csv", "data.text=txt"], ("'txt'", "data.text", "did you mean 'text'?")),
+    "no column of owners": (
+        ["data.source=owned.csv", "data.partition.kind=column", "data.partition.by=site"],
+        ("data.partition.by", "'site'", "owner"),
+    ),
+    "unknown label": (["data.labels=[art,bio,low]"], ("'law'", "column 'label'", "did you mean 'low'?")),
+    "owner with one sample": (
+        ["data.source=owned.csv", "data.partition.kind=column", "data.partition.by=owner", "data.test_source=test.csv"],
+        ("agent 2 would have 1 samples",),
+    ),
+    "fewer classes than agents": (
+        ["network.agents=4", "data.partition.kind=classes"],
+        ("4 agents but only 3 classes", "network.agents=3"),
+    ),
+    "an agent's file with one row": (
+        ["data.source='site{agent}.csv'", "data.test_source=test.csv"],
+        ("agent 1 has 1 training samples",),
+    ),
+    "an agent's file with no row": (
+        ["data.source='empty{agent}.csv'", "data.test_source=test.csv"],
+        ("empty2.csv", "no rows"),
+    ),
+    "an agent's file missing": (
+        ["data.source='site{agent}.csv'", "network.agents=4", "data.test_source=test.csv"],
+        ("no such file", "site3.csv"),
+    ),
+    "everything held out": (["data.test_size=90"], ("data.test_size is 90", "leaves 0")),
+    "more tokens than positions": (["data.max_length=17"], ("data.max_length=17", "16 positions")),
+}
+
+NETWORK = {
+    "disconnected edges": (["network.topology=edges.txt"], ("edges.txt", "{0,1}", "{2}", "cannot reach each other")),
+    "no such edges": (["network.topology=no.txt"], ("no.txt", "no such file")),
+    "asymmetric matrix": (
+        ["network.topology=asymmetric.csv", "network.weights=explicit"],
+        ("asymmetric.csv", "not symmetric", "[0, 1] is 0.5", "[1, 0] is 0.25"),
+    ),
+    "row sum": (["network.topology=sum.csv", "network.weights=explicit"], ("sum.csv", "row 1 sums to 0.9", "not 1")),
+}
+
+LORA = {
+    "rank above the layer": (["lora.r=17"], ("rank 17", "16 x 16", "lora.r")),
+    "no target": (["lora.target_modules=[quary]"], ("['quary']", "did you mean 'query'?")),
+    "bias": (["lora.bias=all"], ("lora.bias='all'", "lora_bias")),
+    "pissa": (["lora.init_lora_weights=pissa"], ("lora.init_lora_weights='pissa'", "gaussian")),
+    "tokens": (["lora.trainable_token_indices=[1,2]"], ("lora.trainable_token_indices", "leave it out")),
+    "parameters": (["lora.target_parameters=[pooler.dense.weight]"], ("lora.target_parameters",)),
+    "variant": (
+        ["lora.use_bdlora={target_modules_bd_a: [query], target_modules_bd_b: [value], nblocks: 2}"],
+        ("LoRA variant", "cannot be mixed"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RECIPE, ids=str)
+def test_recipe(folder, case):
+    words, named = RECIPE[case]
+    refused(folder, *words, named=named)
+
+
+@pytest.mark.parametrize("case", DATA, ids=str)
+def test_data(folder, case):
+    write_csv(folder / "owned.csv", owned_rows(["x", "y"], 12) + owned_rows(["z"], 1))
+    write_csv(folder / "test.csv", owned_rows(["x"], 9))
+    for agent, count in enumerate((9, 1, 9)):
+        write_csv(folder / f"site{agent}.csv", owned_rows(["x"], count))
+    for agent, count in enumerate((9, 9, 0)):
+        write_csv(folder / f"empty{agent}.csv", owned_rows(["x"], count))
+    words, named = DATA[case]
+    refused(folder, *words, named=named)
+
+
+@pytest.mark.parametrize("case", NETWORK, ids=str)
+def test_network(folder, case):
+    (folder / "edges.txt").write_text("0 1\n", encoding="utf-8")
+    (folder / "asymmetric.csv").write_text("0.5,0.5,0\n0.25,0.5,0.25\n0,0.25,0.75\n", encoding="utf-8")
+    (folder / "sum.csv").write_text("0.5,0.5,0\n0.5,0.4,0\n0,0,1\n", encoding="utf-8")
+    words, named = NETWORK[case]
+    refused(folder, *words, named=named)
+
+
+@pytest.mark.parametrize("case", LORA, ids=str)
+def test_lora(folder, case):
+    words, named = LORA[case]
+    refused(folder, *words, named=named)
+
+
+def test_a_value_that_training_arguments_refuse(folder):
+    refused(folder, "training.optim=adamm", named=("training", "adamm"))
+
+
+def test_a_shared_batch_that_is_impossible_is_refused_before_anything_is_written(folder):
+    words = ("network.hosting=batched", "model.base_dropout=true")
+    refused(folder, *words, named=("network.hosting=batched", "dropout"))
+
+
+def in_process(processes, folder):
+    before = tree(folder)
+    code, _, err = command("train", folder / "recipe.yaml")
+    return code, err, tree(folder) == before
+
+
+@pytest.mark.agents
+def test_more_processes_than_agents(folder):
+    for code, err, untouched in run_agents(in_process, 4, folder):
+        one_line(code, err, "4 processes", "3 agents")
+        assert untouched
+
+
+@pytest.mark.agents
+def test_centralized_on_two_processes(folder):
+    write_recipe(folder, algorithm={"name": "centralized"})
+    for code, err, untouched in run_agents(in_process, 2, folder):
+        one_line(code, err, "2 processes", "centralized trains one")
+        assert untouched
+
+
+@pytest.mark.agents
+def test_what_one_process_cannot_read_stops_all_with_the_same_line(folder):
+    for agent, count in enumerate((9, 9, 1)):
+        write_csv(folder / f"site{agent}.csv", owned_rows(["x"], count))
+    write_csv(folder / "test.csv", owned_rows(["x"], 9))
+    source = {"source": str(folder / "site{agent}.csv"), "test_source": str(folder / "test.csv")}
+    write_recipe(folder, data=source)
+    for code, err, untouched in run_agents(in_process, 2, folder):
+        one_line(code, err, "process 1: agent 2 has 1 training samples")
+        assert untouched
+
+
+def test_an_existing_run_folder(folder):
+    (folder / "run").mkdir()
+    (folder / "run" / "notes.txt").write_text("mine", encoding="utf-8")
+    refused(folder, named=(str(folder / "run"), "--resume", "--overwrite"))
+    refused(folder, "--resume", "--overwrite", named=("--resume", "--overwrite"))
+    refused(folder, "--overwrite", "lora.bias=all", named=("lora.bias",))  # what was there is not yet replaced
+
+
+def test_resume_without_a_checkpoint(folder):
+    refused(folder, "--resume", named=("no checkpoint", str(folder / "run")))
+    (folder / "run" / "checkpoints").mkdir(parents=True)
+    refused(folder, "--resume", named=("no checkpoint", str(folder / "run")))
+
+
+def test_resume_with_another_recipe(folder):
+    assert command("train", "recipe.yaml", "algorithm.rounds=1")[0] == 0
+    refused(folder, "--resume", "algorithm.rounds=1", "lora.r=3", named=("lora.r (2, now 3)",))
+    refused(folder, "--resume", named=("algorithm.rounds (1, now 2)",))
+
+
+def test_usage_errors_of_the_command_line_are_exit_code_2(folder):
+    before = tree(folder)
+    for words in (["train"], ["trian", "recipe.yaml"], ["train", "recipe.yaml", "--resum"], ["train", "r", "-x"]):
+        with pytest.raises(SystemExit) as left:
+            command(*words)
+        assert left.value.code == 2
+    assert tree(folder) == before
+
+
+def test_a_recipe_that_is_not_there(tmp_path):
+    code, _, err = command("train", tmp_path / "no.yaml")
+    one_line(code, err, "no.yaml", "no such file")
+    assert tree(tmp_path) == {}
+
+
+@pytest.mark.parametrize("words", [["graph", "rings", "--agents", "5"], ["graph", "torus", "--agents", "7"]])
+def test_graph(tmp_path, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(*words)
+    one_line(code, err, "network.")
+    assert tree(tmp_path) == {}
+
+
+def broken_after(step: int):
+    """A loss that turns into nan for agent 1 after some steps, as data with a poisoned row would."""
+    from decaf_hf.trainer import DecentralizedMixin
+
+    original = DecentralizedMixin._check_finite
+
+    def check(self, losses):
+        if self.state.global_step == step:
+            losses = losses.clone()
+            losses[1] = torch.nan
+        original(self, losses)
+
+    return check
+
+
+def test_non_finite_loss_keeps_the_last_good_round(folder, monkeypatch):
+    rounds = "algorithm.rounds=4"
+    assert command("train", "recipe.yaml", rounds, f"output_dir={folder / 'whole'}")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("decaf_hf.trainer.DecentralizedMixin._check_finite", broken_after(5))
+        code, _, err = command("train", "recipe.yaml", rounds)
+    one_line(code, err, "agent 1: loss nan at step 6", "learning_rate")
+    run = folder / "run"
+    last = checkpoint.last_checkpoint(run)
+    assert last == run / "checkpoints" / "checkpoint-4"  # after round 2; step 6 never ended
+    for agent in range(3):
+        tensors = load_file(last / f"agent-{agent}.safetensors")
+        assert all(torch.isfinite(tensor).all() for tensor in tensors.values())
+    assert not (run / "consensus").exists()
+    assert not (run / "summary.json").exists()
+    assert not [path for path in run.rglob("*") if path.name.endswith((".new", ".old"))]
+    code, _, err = command("train", "recipe.yaml", rounds, "--resume")
+    assert (code, err) == (0, "")
+    for name in ("consensus", "agents/0", "agents/1", "agents/2"):
+        ours, whole = (load_file(folder / run / name / "adapter_model.safetensors") for run in ("run", "whole"))
+        assert all(torch.equal(ours[key], whole[key]) for key in whole)
+
+
+def test_a_huge_learning_rate_stops_at_once(folder):
+    words = ("training.learning_rate=1e30", "training.max_grad_norm=0", "training.optim=sgd", "algorithm.rounds=6")
+    code, _, err = command("train", "recipe.yaml", *words)
+    line = one_line(code, err, "agent ", "at step ", "learning_rate")
+    step = int(line.split("at step ")[1].split(";")[0])
+    assert step <= 4
+    last = checkpoint.last_checkpoint(folder / "run")
+    assert last is None or int(last.name.rpartition("-")[2]) < step
+    if last is not None:
+        for agent in range(3):
+            assert all(torch.isfinite(t).all() for t in load_file(last / f"agent-{agent}.safetensors").values())
+
+
+def test_a_damaged_checkpoint_is_named(folder):
+    assert command("train", "recipe.yaml", "algorithm.rounds=1")[0] == 0
+    damaged = checkpoint.last_checkpoint(folder / "run") / "agent-1.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:50])
+    code, _, err = command("train", "recipe.yaml", "algorithm.rounds=1", "--resume")
+    one_line(code, err, "agent-1.safetensors")
+
+
+def test_together_hands_on_what_is_refused():
+    with pytest.raises(DecafError, match="why"):
+        exchange.together(exchange.Processes(), lambda: (_ for _ in ()).throw(DecafError("why")))
+
+
+def test_the_tiny_recipe_itself_is_no_bad_input(folder):
+    code, out, err = command("train", "recipe.yaml", "algorithm.rounds=1", "algorithm.local_steps=1")
+    assert (code, err) == (0, "")
+    assert out.startswith("3 agents on 1 process")
+    assert len(tiny_recipe.LABELS) == 3

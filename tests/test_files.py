@@ -1,0 +1,65 @@
+"""Files are whole or absent: a failure leaves what was there, a success replaces it, nothing temporary stays."""
+
+import pytest
+
+from decaf_hf.files import append_line, write_folder, write_text
+
+from .tiny_recipe import tree
+
+
+def test_a_failing_block_leaves_the_old_folder(tmp_path):
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    (folder / "old").write_text("old", encoding="utf-8")
+    before = tree(tmp_path)
+    with pytest.raises(KeyboardInterrupt), write_folder(folder) as new:
+        (new / "half").write_text("half", encoding="utf-8")
+        raise KeyboardInterrupt
+    assert tree(tmp_path) == before
+
+
+def test_a_failing_block_leaves_no_new_folder(tmp_path):
+    with pytest.raises(OSError, match="full"), write_folder(tmp_path / "a" / "adapter"):
+        raise OSError("the disk is full")
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_success_replaces_the_whole_folder(tmp_path):
+    folder = tmp_path / "adapter"
+    for name in ("first", "second"):
+        with write_folder(folder) as new:
+            assert new != folder
+            (new / name).write_text(name, encoding="utf-8")
+    assert tree(tmp_path) == {"adapter": None, "adapter/second": b"second"}
+
+
+def test_what_a_killed_run_left_does_not_get_in(tmp_path):
+    folder = tmp_path / "adapter"
+    for left in (".adapter.new", ".adapter.old"):
+        (tmp_path / left).mkdir()
+        (tmp_path / left / "stale").write_text("stale", encoding="utf-8")
+    folder.mkdir()
+    with write_folder(folder) as new:
+        (new / "fresh").write_text("fresh", encoding="utf-8")
+    assert tree(tmp_path) == {"adapter": None, "adapter/fresh": b"fresh"}
+
+
+def test_text_is_replaced_in_one_step(tmp_path, monkeypatch):
+    path = tmp_path / "deep" / "summary.json"
+    write_text(path, "one\n")
+    write_text(path, "zwei \N{SNOWMAN}\n")
+    assert tree(tmp_path) == {"deep": None, "deep/summary.json": "zwei \N{SNOWMAN}\n".encode()}
+
+    def no_space(_):
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr("os.fsync", no_space)
+    with pytest.raises(OSError, match="full"):
+        write_text(path, "three\n")
+    assert path.read_text(encoding="utf-8") == "zwei \N{SNOWMAN}\n"
+
+
+def test_lines_are_appended(tmp_path):
+    for number in range(3):
+        append_line(tmp_path / "metrics.jsonl", str(number))
+    assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == "0\n1\n2\n"

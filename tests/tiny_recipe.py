@@ -1,0 +1,99 @@
+"""A whole run small enough for a test: base model, tokenizer, texts and recipe, written into a folder."""
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import PreTrainedTokenizerFast
+
+from decaf_hf.cli import main
+
+from . import tiny
+
+LABELS = ("art", "bio", "law")
+TOPIC = {"art": "paint canvas museum color", "bio": "cell gene enzyme plant", "law": "court judge verdict appeal"}
+COMMON = "the a of and in with for new old two"
+TEXTS = 30  # per label
+
+
+def words(label: str, index: int) -> str:
+    """A short text of one label: three common words around two of its topic."""
+    topic, common = TOPIC[label].split(), COMMON.split()
+    picked = [common[index % 10], topic[index % 4], common[index // 3 % 10], topic[index // 4 % 4]]
+    return " ".join([*picked, common[index // 7 % 10]][: 3 + index % 3])
+
+
+def write_model(folder: Path) -> None:
+    """The BERT of `tiny` in float32 with a tokenizer that knows the words of the texts."""
+    known = ["[PAD]", "[UNK]", *COMMON.split(), *" ".join(TOPIC.values()).split()]
+    assert len(known) <= tiny.VOCABULARY
+    inner = Tokenizer(WordLevel({word: number for number, word in enumerate(known)}, unk_token="[UNK]"))
+    inner.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
+    tiny.bert(dtype=tiny.torch.float32).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_texts(folder: Path) -> None:
+    """A folder per label with a file per text."""
+    for label in LABELS:
+        (folder / label).mkdir(parents=True)
+        for index in range(TEXTS):
+            (folder / label / f"{index:02}.txt").write_text(words(label, index), encoding="utf-8")
+
+
+def write_csv(path: Path, rows: list[tuple[str, str, str]]) -> None:
+    """A CSV with columns text, label and owner."""
+    lines = ["text,label,owner", *(",".join(row) for row in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def owned_rows(owners: list[str], count: int) -> list[tuple[str, str, str]]:
+    """`count` rows for each owner, the labels in turn."""
+    return [
+        (words(LABELS[index % 3], index), LABELS[index % 3], owner) for owner in owners for index in range(count)
+    ]
+
+
+def write_recipe(folder: Path, **sections: dict[str, Any]) -> Path:
+    """Model, texts and a recipe of three agents on a ring, two rounds of two local steps; its path.
+
+    `sections` replace keys of the recipe's sections.
+    """
+    if not (folder / "model").exists():
+        write_model(folder / "model")
+        write_texts(folder / "texts")
+    recipe: dict[str, Any] = {
+        "name": "tiny",
+        "output_dir": str(folder / "run"),
+        "model": {"name_or_path": str(folder / "model")},
+        "lora": {"r": 2, "lora_alpha": 4, "target_modules": ["query", "value"]},
+        "data": {"source": str(folder / "texts"), "max_length": 8, "test_size": 15},
+        "network": {"agents": 3},
+        "algorithm": {"name": "decaf", "local_steps": 2, "rounds": 2},
+        "training": {"learning_rate": 0.01, "per_device_train_batch_size": 3, "disable_tqdm": True, "use_cpu": True},
+        "evaluation": {"metrics": ["accuracy", "f1"]},
+    }
+    for name, section in sections.items():
+        recipe[name] = {**recipe[name], **section} if isinstance(section, dict) else section
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+def command(*words: object) -> tuple[int, str, str]:
+    """Run a `decaf` command in this process: its exit code, stdout and stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(word) for word in words])
+    return code, out.getvalue(), err.getvalue()
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """Every path below a folder with its content."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
