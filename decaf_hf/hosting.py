@@ -60,6 +60,42 @@ class AgentDropout(nn.Module):
         return x * keep / (1 - self.p)
 
 
+class _AddUpdates(torch.autograd.Function):
+    """`result_i + s x_i A_i^T B_i^T` for all agents i at once, shapes `(n, rows, d)`.
+
+    The stacked factors are made again in the backward pass instead of being kept, so that an agent more costs its
+    adapter, gradients and moments, and nothing else.
+    """
+
+    @staticmethod
+    def forward(ctx, result: Tensor, x: Tensor, scaling: float, *factors: Tensor) -> Tensor:
+        count = len(factors) // 2
+        A, B = torch.stack(factors[:count]), torch.stack(factors[count:])  # (n, r, d_in), (n, d_out, r)
+        hidden = torch.bmm(x, A.mT)
+        ctx.save_for_backward(x, hidden, *factors)
+        ctx.scaling = scaling
+        if result.dtype == B.dtype:
+            return torch.baddbmm(result, hidden, B.mT, alpha=scaling)
+        return (result + scaling * torch.bmm(hidden, B.mT)).to(result.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, hidden, *factors = ctx.saved_tensors
+        count = len(factors) // 2
+        needs_x, needs_A, needs_B = (ctx.needs_input_grad[i] for i in (1, 3, 3 + count))
+        scaled = ctx.scaling * grad.to(factors[0].dtype)  # (n, rows, d_out)
+        grad_x, grads_A, grads_B = None, [None] * count, [None] * count
+        if needs_B:
+            grads_B = torch.bmm(scaled.mT, hidden.to(scaled.dtype)).unbind()
+        if needs_x or needs_A:
+            grad_hidden = torch.bmm(scaled, torch.stack(factors[count:]))
+            if needs_A:
+                grads_A = torch.bmm(grad_hidden.mT, x.to(scaled.dtype)).unbind()
+            if needs_x:
+                grad_x = torch.bmm(grad_hidden, torch.stack(factors[:count])).to(x.dtype)
+        return grad, grad_x, None, *grads_A, *grads_B
+
+
 class Hosting:
     """The agents that one process hosts in one PEFT model, and how they share its forward pass."""
 
@@ -188,18 +224,16 @@ class Hosting:
         `x (n rows, ..., d_in)` is read as `(n, rows ..., d_in)`.
         """
         result = layer.base_layer(x, *args, **kwargs)
-        A = torch.stack([layer.lora_A[name].weight for name in self._names])  # (n, r, d_in)
-        B = torch.stack([layer.lora_B[name].weight * layer.scaling[name] for name in self._names])  # (n, d_out, r)
+        A = [layer.lora_A[name].weight for name in self._names]
+        B = [layer.lora_B[name].weight for name in self._names]
+        scaling = layer.scaling[self._names[0]]  # all agents share one configuration
         count = len(self._names)
-        x = x.to(A.dtype)
-        if layer.training or any(isinstance(layer.lora_dropout[name], AgentDropout) for name in self._names):
+        x = x.to(A[0].dtype)
+        if any(isinstance(layer.lora_dropout[name], AgentDropout) for name in self._names):
             chunks = zip(self._names, x.chunk(count), strict=True)
             x = torch.cat([layer.lora_dropout[name](rows) for name, rows in chunks])
-        hidden = torch.bmm(x.reshape(count, -1, x.shape[-1]), A.mT)
         flat = result.reshape(count, -1, result.shape[-1])
-        if flat.dtype == B.dtype:
-            return torch.baddbmm(flat, hidden, B.mT).view(result.shape)
-        return (flat + torch.bmm(hidden, B.mT)).view(result.shape).to(result.dtype)
+        return _AddUpdates.apply(flat, x.reshape(count, -1, x.shape[-1]), scaling, *A, *B).view(result.shape)
 
     def _chunks(self, module: nn.Module, original: Callable, x: Tensor, *args, **kwargs) -> Tensor:
         """Heads, embeddings, DoRA: each agent's rows through its own parameters, one agent after another."""

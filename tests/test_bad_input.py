@@ -75,7 +75,12 @@ DATA = {
     ),
     "unknown label": (["data.labels=[art,bio,low]"], ("'law'", "column 'label'", "did you mean 'low'?")),
     "owner with one sample": (
-        ["data.source=owned.csv", "data.partition.kind=column", "data.partition.by=owner", "data.test_source=test.csv"],
+        [
+            "data.source=owned.csv",
+            "data.partition.kind=column",
+            "data.partition.by=owner",
+            "data.test_source=test.csv",
+        ],
         ("agent 2 would have 1 samples",),
     ),
     "fewer classes than agents": (

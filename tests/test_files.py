@@ -12,9 +12,14 @@ def test_a_failing_block_leaves_the_old_folder(tmp_path):
     folder.mkdir()
     (folder / "old").write_text("old", encoding="utf-8")
     before = tree(tmp_path)
-    with pytest.raises(KeyboardInterrupt), write_folder(folder) as new:
-        (new / "half").write_text("half", encoding="utf-8")
-        raise KeyboardInterrupt
+
+    def fill():
+        with write_folder(folder) as new:
+            (new / "half").write_text("half", encoding="utf-8")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fill()
     assert tree(tmp_path) == before
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import inspect
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def imports(path: Path) -> set[str]:
                 found.add(f".{statement.module}")
             else:
                 found |= {statement.module, *(f"{statement.module}.{alias.name}" for alias in statement.names)}
-        todo += [child for child in ast.iter_child_nodes(statement)]
+        todo += list(ast.iter_child_nodes(statement))
     return found
 
 
@@ -111,7 +112,7 @@ def test_inner_attributes_of_peft_are_touched_in_one_file():
 def test_every_field_of_the_config_has_help():
     theirs = {field.name: field for field in dataclasses.fields(TrainingArguments)}
     fields = [field for field in dataclasses.fields(DecentralizedConfig) if theirs.get(field.name) != field]
-    ours = [field for field in fields if field.name in DecentralizedConfig.__dict__["__annotations__"]]
+    ours = [field for field in fields if field.name in inspect.get_annotations(DecentralizedConfig)]
     assert len(ours) > 10
     for field in ours:
         words = field.metadata.get("help", "")

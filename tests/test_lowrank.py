@@ -19,12 +19,12 @@ from decaf_hf.lowrank import (
 EXAMPLES = settings(deadline=None, max_examples=40)
 
 
-def randn(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def pair(d_out, d_in, r, seed=0, batch=(), dtype=torch.float64):
-    return LoraFactors(randn(*batch, r, d_in, seed=2 * seed, dtype=dtype), randn(*batch, d_out, r, seed=2 * seed + 1))
+def pair(d_out, d_in, r, seed=0, batch=()):
+    return LoraFactors(randn(*batch, r, d_in, seed=2 * seed), randn(*batch, d_out, r, seed=2 * seed + 1))
 
 
 def dense(factors, weights):

@@ -78,7 +78,9 @@ def test_loss_of_a_line_is_the_mean_since_the_last_round(tmp_path, monkeypatch):
     losses = []
     original = tiny.DecentralizedTrainer._check_finite
     monkeypatch.setattr(
-        tiny.DecentralizedTrainer, "_check_finite", lambda self, l: (losses.append(l.clone()), original(self, l))[1]
+        tiny.DecentralizedTrainer,
+        "_check_finite",
+        lambda self, own: (losses.append(own.clone()), original(self, own))[1],
     )
     trained(tmp_path, local_steps=3, max_steps=6)
     expected = [torch.stack(losses[start : start + 3]).mean().item() for start in (0, 3)]
@@ -196,6 +198,7 @@ def sent_in_process(processes, neighbors):
     dist.batch_isend_irecv = counting  # this process ends with the test
     own = {agent: torch.full((7,), 10 + agent, dtype=torch.uint8) for agent in processes.agents(5)}
     received = exchange.exchange(processes, own, neighbors)
+    exchange.barrier(processes)  # who leaves early closes the connections that others still open
     return sent, {agent: buffer.tolist() for agent, buffer in received.items()}
 
 
@@ -226,6 +229,7 @@ def row_in_process(processes, values, topology):
     like = {"x": values[0]}
     received = exchange.exchange(processes, {a: exchange.pack([values[a]]) for a in agents}, neighbors)
     rows = {j: exchange.unpack(buffer, like)["x"] for j, buffer in received.items()}
+    exchange.barrier(processes)
     return {a: sum(matrix[a, j] * rows[j] for j in sorted({a} | neighbors[a])) for a in agents}
 
 

@@ -55,9 +55,7 @@ def write_csv(path: Path, rows: list[tuple[str, str, str]]) -> None:
 
 def owned_rows(owners: list[str], count: int) -> list[tuple[str, str, str]]:
     """`count` rows for each owner, the labels in turn."""
-    return [
-        (words(LABELS[index % 3], index), LABELS[index % 3], owner) for owner in owners for index in range(count)
-    ]
+    return [(words(LABELS[index % 3], index), LABELS[index % 3], owner) for owner in owners for index in range(count)]
 
 
 def write_recipe(folder: Path, **sections: dict[str, Any]) -> Path:
