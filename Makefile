@@ -42,7 +42,7 @@ quality: install  ## the same, check only
 	$(BIN)/ruff format --check .
 
 test: install  ## the tests that CI runs
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 test-slow: install  ## the others
 	$(BIN)/python -m pytest -q -m slow

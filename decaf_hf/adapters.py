@@ -7,6 +7,7 @@ checkpointed and published is one dictionary and two agents can never pair diffe
 import copy
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -61,6 +62,8 @@ def add_agents(model: nn.Module, config: LoraConfig, agents: Sequence[int], *, f
     names = [agent_name(agent) for agent in agents]
     first = names[0]
     try:
+        # peft 0.21 asks transformers 5.23 for a property by its old name
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
         peft_model = get_peft_model(model, copy.deepcopy(config), adapter_name=first)
     except ValueError as error:
         raise DecafError(
@@ -213,7 +216,7 @@ def _check_layers(model: PeftModel, name: str) -> None:
 
 def _hint_targets(error: ValueError, model: nn.Module, config: LoraConfig) -> str:
     message = " ".join(str(error).split())
-    if "not found in the base model" not in message:
+    if "not found in the base model" not in message and "No modules were targeted" not in message:
         return message
     leaves = sorted(
         {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}

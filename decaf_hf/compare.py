@@ -46,8 +46,9 @@ def compare(
         raise DecafError("--grid chooses on the validation set; set data.validation_size")
     if len(settings) > 1 and tuning_seed in seeds:
         raise DecafError(f"--tuning-seed {tuning_seed} is one of --seeds; choosing needs a seed of its own")
-    for algorithm, setting in itertools.product(algorithms, settings):  # refuse a bad setting before the first run
-        read_recipe(path, [*overrides, *setting, f"algorithm.name={algorithm}"])
+    # refuse a bad setting or seed before the first run
+    for algorithm, setting, seed in itertools.product(algorithms, settings, [*seeds, tuning_seed]):
+        read_recipe(path, [*overrides, *setting, f"algorithm.name={algorithm}", f"seed={seed}"])
     metric = recipe.evaluation.metrics[0]
     console = Console()
     arms = []

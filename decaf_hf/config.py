@@ -81,12 +81,9 @@ class DecentralizedConfig(TrainingArguments):
         require_one_of("split", self.split, SPLITS)
         require_one_of("hosting", self.hosting, MODES)
         require_one_of("partition", self.partition, PARTITIONS)
-        if self.num_learners < self.processes.count:
-            raise DecafError(
-                f"{self.processes.count} processes for {self.num_learners} agents"
-                f"{' (centralized trains one)' if self.num_learners != self.num_agents else ''}; "
-                "start at most one process per agent"
-            )
+        if self.base_dropout and self.hosting == "batched":
+            raise DecafError("hosting='batched' excludes base_dropout: its random masks are not each agent's own")
+        self.processes.agents(self.num_learners)  # refuses more processes than learners
         if self.save_steps is None:
             self.save_steps = self.local_steps
         if str(self.save_strategy) in ("steps", "SaveStrategy.STEPS") and self.save_steps % self.local_steps:

@@ -35,7 +35,15 @@ class Processes:
     local_count: int = 1
 
     def agents(self, num_agents: int, index: int | None = None) -> range:
-        """The contiguous block of agents hosted by a process (this one by default); blocks differ by at most one."""
+        """The contiguous block of agents hosted by a process (this one by default); blocks differ by at most one.
+
+        Raises `DecafError` for fewer agents than processes.
+        """
+        if num_agents < self.count:
+            raise DecafError(
+                f"{self.count} processes for {num_agents} agent{'s' * (num_agents != 1)}; "
+                f"start at most {num_agents} (centralized trains a single one)"
+            )
         index = self.index if index is None else index
         share, extra = divmod(num_agents, self.count)
         start = index * share + min(index, extra)

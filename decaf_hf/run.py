@@ -35,6 +35,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet:
     exchange.together(processes, lambda: _check_folder(folder, recipe, resume, overwrite))
     sites = load_sites(recipe, processes)
     trainer = build_trainer(recipe, sites, processes)
+    exchange.together(processes, trainer.choose_hosting)
     if processes.is_main:
         if overwrite and folder.exists():
             shutil.rmtree(folder)

@@ -194,8 +194,7 @@ class DecentralizedMixin:
         """Forward and backward for every hosted agent; returns the mean of their losses."""
         inputs = self._prepare_inputs(inputs)
         if self.hosting.batched is None:
-            self.hosting.decide(model, inputs, self._loss_obstacle())
-            self._say_hosting()
+            self.choose_hosting(inputs)
         clock = self.hosting.clock
         clock.step = self.state.global_step
         clock.micro_step = self._micro_step
@@ -270,7 +269,14 @@ class DecentralizedMixin:
         ]
         return torch.stack(norms).mean()
 
-    def _say_hosting(self) -> None:
+    def choose_hosting(self, inputs: dict[str, Any] | None = None) -> None:
+        """Settle whether the hosted agents share batches, on the first batch, and say so; training does it by itself.
+
+        Raises `DecafError` if `hosting="batched"` is impossible.
+        """
+        if inputs is None:
+            inputs = self._prepare_inputs(next(iter(self.get_train_dataloader())))
+        self.hosting.decide(self.model, inputs, self._loss_obstacle())
         if len(self.agents) > 1 and self.processes.is_main:
             way = "share each batch" if self.hosting.batched else "take turns"
             print(f"agents of one process {way}: {self.hosting.reason}", flush=True)
