@@ -158,7 +158,10 @@ def _say_end(console: Console, recipe: Recipe, trainer: DecentralizedTrainer, si
         "\n".join(f"{name}: consensus {scores[name]:.3f}, agents' mean {mean[name]:.3f}" for name in scores),
         highlight=False,
     )
-    console.print(f"\nConsensus adapter: {folder / 'consensus'}, agents' adapters: {folder / 'agents'}. To load it:\n")
+    console.print(
+        f"\nConsensus adapter: {folder / 'consensus'}, agents' adapters: {folder / 'agents'}. To load it:\n",
+        soft_wrap=True,
+    )
     console.print(
         loading_snippet(recipe, folder / "consensus", sites.labels), highlight=False, soft_wrap=True, markup=False
     )

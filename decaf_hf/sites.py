@@ -7,7 +7,7 @@ the others' files.
 from dataclasses import dataclass, field
 
 import numpy as np
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 
 from . import exchange
 from .algorithms import ALGORITHMS
@@ -149,11 +149,6 @@ def _with_table(sites: Sites, processes: Processes, hosted: range) -> Sites:
     everyone = exchange.gather_objects(processes, table)
     sites.table = np.concatenate(everyone)[: len(sites.train)]
     return sites
-
-
-def pooled(parts: list[Dataset | None]) -> Dataset:
-    """The union of all agents' data, for the one learner of `centralized`."""
-    return concatenate_datasets([part for part in parts if part is not None])
 
 
 def _as_number(name: str) -> tuple[int, float | str]:

@@ -169,12 +169,7 @@ class DecentralizedMixin:
             batch_size=args.agent_batch_size,
             batches=self.steps_per_epoch * args.gradient_accumulation_steps,
             seed=args.seed if args.data_seed is None else args.data_seed,
-            first_batch=lambda: (
-                self.state.global_step
-                // self.steps_per_epoch
-                * self.steps_per_epoch
-                * args.gradient_accumulation_steps
-            ),
+            first_batch=self._first_batch_of_epoch,
         )
         return self._get_dataloader(
             dataset=self.train_dataset,
