@@ -42,8 +42,9 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
         words = _without_option(arguments, "--processes")
         return start_processes(options.processes, words)
     processes = exchange.join()
+    placement = describe_placement(processes, _learners(recipe))
     if processes.is_main:
-        print(describe_placement(processes, _learners(recipe)), flush=True)
+        print(placement, flush=True)
         warning = missing_processes(processes)
         if warning:
             print(warning, file=sys.stderr, flush=True)

@@ -82,7 +82,9 @@ class DecentralizedConfig(TrainingArguments):
         require_one_of("hosting", self.hosting, MODES)
         require_one_of("partition", self.partition, PARTITIONS)
         if self.base_dropout and self.hosting == "batched":
-            raise DecafError("hosting='batched' excludes base_dropout: its random masks are not each agent's own")
+            raise DecafError(
+                "hosting=batched excludes base_dropout=true: a shared batch has no random masks of each agent's own"
+            )
         self.processes.agents(self.num_learners)  # refuses more processes than learners
         if self.save_steps is None:
             self.save_steps = self.local_steps

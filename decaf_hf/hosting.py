@@ -116,7 +116,9 @@ class Hosting:
         if len(self.agents) > 1:
             for module in self._tuned:
                 self._route(module)
-        self._quiet = [m for m in model.modules() if not isinstance(m, AgentDropout | GradientCheckpointingLayer)]
+        # A LoRA layer itself looks at `training` before it asks its dropout (DoRA).
+        loud = AgentDropout | LoraLayer | GradientCheckpointingLayer
+        self._quiet = [m for m in model.modules() if not isinstance(m, loud)]
         model.register_forward_pre_hook(self._silence_base)
 
     def decide(self, model: nn.Module, inputs: Mapping[str, Any], obstacle: str | None) -> None:

@@ -186,14 +186,16 @@ class DecentralizedMixin:
     # ---- one step
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward for every hosted agent; returns the mean of their losses."""
+        """Forward and backward for every hosted agent; returns the mean of their losses, as the Trainer's own does
+        divided by the number of batches that gradient accumulation adds up."""
         inputs = self._prepare_inputs(inputs)
         if self.hosting.batched is None:
             self.choose_hosting(inputs)
         clock = self.hosting.clock
         clock.step = self.state.global_step
         clock.micro_step = self._micro_step
-        self._micro_step = (self._micro_step + 1) % self.current_gradient_accumulation_steps
+        accumulated = self.current_gradient_accumulation_steps
+        self._micro_step = (self._micro_step + 1) % accumulated
         if self.hosting.batched:
             with self.hosting.together(inputs):
                 super().training_step(model, inputs)
@@ -204,10 +206,10 @@ class DecentralizedMixin:
                 rows = self.hosting.rows(inputs, index)
                 with self.hosting.alone(agent, rows):
                     losses.append(super().training_step(model, rows))
-            losses = torch.stack(losses)
+            losses = torch.stack(losses) * accumulated  # the Trainer divided them
         self._check_finite(losses)
         self._losses.append(losses)
-        return losses.mean()
+        return losses.mean() / accumulated
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -166,7 +166,7 @@ def test_a_value_that_training_arguments_refuse(folder):
 
 def test_a_shared_batch_that_is_impossible_is_refused_before_anything_is_written(folder):
     words = ("network.hosting=batched", "model.base_dropout=true")
-    refused(folder, *words, named=("network.hosting=batched", "dropout"))
+    refused(folder, *words, named=("hosting=batched", "base_dropout"))
 
 
 def in_process(processes, folder):
@@ -186,7 +186,7 @@ def test_more_processes_than_agents(folder):
 def test_centralized_on_two_processes(folder):
     write_recipe(folder, algorithm={"name": "centralized"})
     for code, err, untouched in run_agents(in_process, 2, folder):
-        one_line(code, err, "2 processes", "centralized trains one")
+        one_line(code, err, "2 processes for 1 agent", "centralized trains a single one")
         assert untouched
 
 

@@ -200,11 +200,16 @@ def test_agents_take_turns_where_a_shared_batch_is_wrong(tmp_path, monkeypatch, 
     assert all(any(not torch.equal(after[a][k], v) for k, v in before[a].items()) for a in before)
 
 
-@pytest.mark.parametrize("obstacle", OBSTACLES)
+@pytest.mark.parametrize("obstacle", ["coupled-rows", "own-loss"])
 def test_a_shared_batch_that_was_asked_for_is_refused_where_it_is_wrong(tmp_path, monkeypatch, obstacle):
     trainer = with_obstacle(tmp_path, monkeypatch, obstacle, hosting="batched")
     with pytest.raises(DecafError, match=rf"hosting=batched is impossible: .*{OBSTACLES[obstacle][1]}"):
         trainer.train()
+
+
+def test_a_shared_batch_with_base_dropout_is_refused_at_once(tmp_path):
+    with pytest.raises(DecafError, match="hosting=batched excludes base_dropout"):
+        tiny.trainer(tmp_path, hosting="batched", base_dropout=True)
 
 
 def test_the_trial_leaves_adapters_and_mode_as_they_were():
@@ -222,6 +227,23 @@ def test_a_frozen_base_trains_without_its_dropout():
     peft_model, hosting, inputs = hosted(tiny.bert(dropout=0.5))
     first, second = (shared_gradients(peft_model, hosting, inputs) for _ in range(2))
     tiny.assert_same(second, first)
+
+
+def test_base_dropout_draws_anew_for_every_agent_and_step():
+    """The same adapter and rows for all, so that only the base's masks can differ."""
+    peft_model = add_agents(tiny.bert(dropout=0.3), tiny.lora(), AGENTS, freeze_a=False).train()
+    hosting = Hosting(peft_model, AGENTS, mode="turns", seed=0, base_dropout=True)
+    inputs = tiny.collate(list(tiny.texts(ROWS, seed=0)))
+
+    def logits(agent, step):
+        hosting.clock.step = step
+        with hosting.alone(agent, inputs), torch.no_grad():
+            return peft_model(**{**inputs, "labels": None}).logits
+
+    first = logits(0, step=0)
+    assert not torch.equal(logits(1, step=0), first)
+    assert not torch.equal(logits(0, step=1), first)
+    assert torch.equal(logits(0, step=0), first)
 
 
 def dropped_out(processes, folder):

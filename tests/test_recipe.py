@@ -77,7 +77,11 @@ def test_recipe_of_the_repository_parses_and_survives_its_resolved_form(path, wr
 def test_quickstart_is_the_run_that_the_documentation_speaks_of():
     recipe = read_recipe(next(path for path in RECIPES if path.name == "quickstart.yaml"))
     assert recipe.lora.model_dump() == {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]}
-    assert recipe.training.model_dump() == {"learning_rate": 4e-3, "per_device_train_batch_size": 4}
+    assert recipe.training.model_dump() == {
+        "learning_rate": 2e-3,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": 4,
+    }
     assert (recipe.network.agents, recipe.network.topology, recipe.algorithm.name) == (6, "ring", "decaf")
     assert (recipe.data.partition.kind, recipe.data.partition.alpha) == ("dirichlet", 0.1)
     assert recipe.evaluation.on == "global"  # `on` is true in YAML 1.1
