@@ -62,9 +62,10 @@ def add_agents(model: nn.Module, config: LoraConfig, agents: Sequence[int], *, f
     names = [agent_name(agent) for agent in agents]
     first = names[0]
     try:
-        # peft 0.21 asks transformers 5.23 for a property by its old name
-        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-        peft_model = get_peft_model(model, copy.deepcopy(config), adapter_name=first)
+        with warnings.catch_warnings():
+            # peft 0.21 asks transformers 5.23 for a property by its old name
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+            peft_model = get_peft_model(model, copy.deepcopy(config), adapter_name=first)
     except ValueError as error:
         raise DecafError(
             f"the LoRA configuration does not fit the model: {_hint_targets(error, model, config)}"
@@ -85,7 +86,10 @@ def add_agents(model: nn.Module, config: LoraConfig, agents: Sequence[int], *, f
 
 def trainable(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
     """An adapter's own parameters by the names under which PEFT saves them."""
-    saved = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    with warnings.catch_warnings():
+        # peft 0.21 takes the bias of lora_bias for a broken shard
+        warnings.filterwarnings("ignore", message=".* have invalid shape")
+        saved = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     by_storage = {parameter.data_ptr(): parameter for parameter in model.parameters()}
     return {key: by_storage[tensor.data_ptr()] for key, tensor in sorted(saved.items())}
 

@@ -1,0 +1,48 @@
+"""Put the tables of the committed results into README.md, between its markers.
+
+python benchmarks/readme_tables.py
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+from hosting import MEMORY_COLUMNS, TIME_COLUMNS
+from lowrank import COLUMNS
+from report import RESULTS, markdown
+
+from decaf_hf.compare import markdown as comparison_table
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def where(report: dict) -> str:
+    machine = report["machine"]
+    return f"{machine['gpu'] or machine['cpu']}, {report['threads']} thread{'s' * (report['threads'] != 1)}."
+
+
+def tables() -> dict[str, str]:
+    """Marker -> text."""
+    texts = {"comparison": comparison_table(json.loads((RESULTS / "comparison.json").read_text()))}
+    lowrank = json.loads((RESULTS / "lowrank.json").read_text())
+    texts["lowrank"] = f"{markdown(lowrank['rows'], COLUMNS)}\n\n{where(lowrank)}\n"
+    hosting = json.loads((RESULTS / "hosting.json").read_text())
+    times = [row for row in hosting["rows"] if "way" in row]
+    memory = [row for row in hosting["rows"] if "agents" in row]
+    texts["hosting"] = f"{markdown(times, TIME_COLUMNS)}\n\n{markdown(memory, MEMORY_COLUMNS)}\n\n{where(hosting)}\n"
+    return texts
+
+
+def main() -> None:
+    text = README.read_text(encoding="utf-8")
+    for name, table in tables().items():
+        pattern = re.compile(f"<!-- {name} -->.*?<!-- end -->", re.DOTALL)
+        assert pattern.search(text), f"README.md has no marker {name}"
+        text = pattern.sub(lambda _, n=name, t=table: f"<!-- {n} -->\n{t}<!-- end -->", text)
+    README.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
