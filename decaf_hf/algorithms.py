@@ -136,7 +136,7 @@ def consensus_distance(adapters: Sequence[Adapter]) -> float:
     )
     mean = gram.mean()
     distance = (gram.diagonal().mean() - mean).clamp(min=0)
-    return (distance / mean).sqrt().item() if mean > 0 else 0.0
+    return 0.0 if mean <= 0 else (distance / mean).sqrt().item()  # nan stays nan
 
 
 def layers_by_shape(adapter: Adapter) -> list[list[str]]:

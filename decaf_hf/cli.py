@@ -34,11 +34,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> int:
+    from .exchange import Processes
     from .launch import describe_placement, missing_processes, start_processes
     from .recipe import read_recipe
 
     recipe = read_recipe(options.recipe, options.overrides)
     if options.processes is not None and options.processes != 1:
+        if options.processes > 1:
+            Processes(count=options.processes).agents(_learners(recipe))  # refuse here, once
         words = _without_option(arguments, "--processes")
         return start_processes(options.processes, words)
     processes = exchange.join()
@@ -75,6 +78,7 @@ def _graph(options: argparse.Namespace, _: list[str]) -> int:
 
     from .graph_report import draw_graph, print_graph
     from .mixing import mixing_schedule
+    from .seeds import graph_seed
 
     schedule = mixing_schedule(
         options.topology,
@@ -82,7 +86,7 @@ def _graph(options: argparse.Namespace, _: list[str]) -> int:
         options.weights,
         degree=options.degree,
         probability=options.probability,
-        seed=options.seed,
+        seed=graph_seed(options.seed),
     )
     console = Console()
     print_graph(schedule, adapter_mib=options.adapter_mib, console=console)

@@ -16,11 +16,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from . import exchange
 from .algorithms import ALGORITHMS
 from .errors import DecafError, require_one_of
 from .files import write_text
 from .recipe import Recipe, read_recipe, resolved_yaml
-from .summary import git_commit, versions
 
 
 def compare(
@@ -40,8 +40,14 @@ def compare(
     """
     for algorithm in algorithms:
         require_one_of("--algorithms", algorithm, ALGORITHMS)
+    if len(set(seeds)) != len(seeds):
+        raise DecafError(f"--seeds {','.join(map(str, seeds))}: name each seed once")
+    if exchange.join().count > 1:
+        raise DecafError("decaf compare runs in one process; start it without a launcher")
     settings = _settings(grid)
     recipe = read_recipe(path, overrides)
+    if recipe.evaluation.split != "test":
+        raise DecafError(f"evaluation.split={recipe.evaluation.split}: decaf compare sets it itself; leave it out")
     if len(settings) > 1 and not recipe.data.validation_size:
         raise DecafError("--grid chooses on the validation set; set data.validation_size")
     if len(settings) > 1 and tuning_seed in seeds:
@@ -51,7 +57,7 @@ def compare(
         read_recipe(path, [*overrides, *setting, f"algorithm.name={algorithm}", f"seed={seed}"])
     metric = recipe.evaluation.metrics[0]
     console = Console()
-    arms = []
+    arms, made_with = [], []
     for algorithm in algorithms:
         tried = []
         for setting in settings if len(settings) > 1 else []:
@@ -71,6 +77,7 @@ def compare(
             for seed in seeds
         ]
         arms.append(_arm(algorithm, best, tried, seeds, results))
+        made_with += [{name: result[name] for name in ("versions", "git_commit")} for result in results]
     comparison = {
         "recipe": resolved_yaml(recipe),
         "metric": metric,
@@ -79,8 +86,7 @@ def compare(
         "tuning_seed": tuning_seed,
         "seeds": list(seeds),
         "arms": arms,
-        "versions": versions(),
-        "git_commit": git_commit(),
+        "made_with": [state for i, state in enumerate(made_with) if state not in made_with[:i]],
     }
     write_text(output / "comparison.json", json.dumps(comparison, indent=2) + "\n")
     write_text(output / "comparison.md", markdown(comparison))
@@ -113,6 +119,8 @@ def _settings(grid: Sequence[str]) -> list[list[str]]:
         key, found, values = axis.partition("=")
         if not found or not values:
             raise DecafError(f"--grid {axis!r}: write section.key=value,value")
+        if key in ("seed", "output_dir", "algorithm.name", "evaluation.split"):
+            raise DecafError(f"--grid {axis!r}: decaf compare sets {key} itself")
         axes.append([f"{key}={value}" for value in values.split(",")])
     return [list(setting) for setting in itertools.product(*axes)]
 

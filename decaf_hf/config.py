@@ -75,6 +75,9 @@ class DecentralizedConfig(TrainingArguments):
         self.processes = exchange.join()
         if self.num_agents < 1:
             raise DecafError(f"num_agents must be at least 1, got {self.num_agents}")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise DecafError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.local_steps < 1:
             raise DecafError(f"local_steps must be at least 1, got {self.local_steps}; 1 is a round after every step")
         require_one_of("algorithm", self.algorithm, ALGORITHMS)
@@ -92,6 +95,10 @@ class DecentralizedConfig(TrainingArguments):
             raise DecafError(
                 f"save_steps={self.save_steps} is no multiple of local_steps={self.local_steps}; "
                 "checkpoints are taken at rounds"
+            )
+        if str(self.train_sampling_strategy) not in ("random", "TrainSamplingStrategy.RANDOM"):
+            raise DecafError(
+                "train_sampling_strategy is not supported: every agent draws from its own shuffled stream"
             )
         for name, why in _REFUSED.items():
             if getattr(self, name, None):
@@ -114,5 +121,9 @@ _REFUSED = {
     "deepspeed": "an agent lives in one process",
     "auto_find_batch_size": "every agent contributes the same number of rows",
     "push_to_hub": "publish the run folder after training",
+    "fp16": "its loss scaler is shared by the agents of a process; use bf16",
+    "ignore_data_skip": "a resumed run would see samples twice",
+    "neftune_noise_alpha": "its noise is not each agent's own",
+    "batch_eval_metrics": "every adapter is judged on whole data sets",
     "save_only_model": "a checkpoint without the optimizer cannot resume exactly",
 }

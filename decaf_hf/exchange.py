@@ -4,8 +4,9 @@ A process hosts a contiguous block of agents. Buffers travel point to point alon
 and neighboring process; agents of one process read each other's buffers directly.
 """
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -113,7 +114,8 @@ def gather_objects(processes: Processes, item: Any) -> list[Any]:
     if processes.count == 1:
         return [item]
     everyone: list[Any] = [None] * processes.count
-    dist.all_gather_object(everyone, item)
+    with _contact("the others"):
+        dist.all_gather_object(everyone, item)
     return everyone
 
 
@@ -138,7 +140,8 @@ def together(processes: Processes, work: Callable[[], T]) -> T:
 def barrier(processes: Processes) -> None:
     """Wait for all processes."""
     if processes.count > 1:
-        dist.barrier()
+        with _contact("the others"):
+            dist.barrier()
 
 
 def exchange(processes: Processes, own: Mapping[int, Tensor], neighbors: Sequence[set[int]]) -> dict[int, Tensor]:
@@ -219,18 +222,25 @@ def _pin_accelerator(local_index: int, local_count: int) -> bool:
 
 
 def _to_wire(buffer: Tensor) -> Tensor:
-    return buffer if not dist.is_initialized() or dist.get_backend() == "nccl" else buffer.cpu()
+    if not dist.is_initialized():
+        return buffer
+    return buffer.cuda() if dist.get_backend() == "nccl" else buffer.cpu()
 
 
 def _wait(operations: list[dist.P2POp]) -> None:
     if not operations:
         return
-    try:
+    with _contact(f"processes {sorted({operation.peer for operation in operations})}"):
         for request in dist.batch_isend_irecv(operations):
             request.wait()
+
+
+@contextlib.contextmanager
+def _contact(others: str) -> Iterator[None]:
+    """Say in one line that another process is gone."""
+    try:
+        yield
     except RuntimeError as error:
-        partners = sorted({operation.peer for operation in operations})
         raise DecafError(
-            f"lost contact with a process (among {partners}) during an exchange: {str(error).splitlines()[0]}; "
-            "its own output says why"
+            f"lost contact with a process among {others}: {str(error).splitlines()[0]}; its own output says why"
         ) from error

@@ -45,7 +45,7 @@ _STEPS = "algorithm.rounds x algorithm.local_steps decide how long a run trains;
 _EVALUATION = "evaluation.every_rounds decides when agents are evaluated; leave it out"
 _CHECKPOINTS = "checkpoints are written every `checkpoint_rounds` rounds; leave it out"
 _LAST_ROUND = "a run ends with the adapters of its last round; leave it out"
-_HUB = "publish the run folder afterwards with `decaf publish`; leave it out"
+_HUB = "upload consensus/ and agents/ of the run folder afterwards; leave it out"
 _ONE_PROCESS = "an agent lives in one process; leave it out"
 _COMMAND = "the command decides it; leave it out"
 
@@ -73,6 +73,12 @@ REFUSED = {
         "eval_steps": _EVALUATION,
         "eval_delay": _EVALUATION,
         "eval_on_start": _EVALUATION,
+        "batch_eval_metrics": "every adapter is judged on whole data sets; leave it out",
+        "prediction_loss_only": "evaluation.metrics decides what is measured; leave it out",
+        "fp16": "its loss scaler is shared by the agents of a process; use bf16",
+        "ignore_data_skip": "a resumed run would see samples twice; leave it out",
+        "neftune_noise_alpha": "its noise is not each agent's own; leave it out",
+        "train_sampling_strategy": "every agent draws from its own shuffled stream; leave it out",
         "save_strategy": _CHECKPOINTS,
         "save_steps": _CHECKPOINTS,
         "load_best_model_at_end": _LAST_ROUND,
@@ -435,12 +441,32 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _someone_can_be_evaluated(self) -> "Recipe":
-        if self.evaluation.on == "global" and self.data.partition.kind == "files" and self.data.test_source is None:
+        data, own_files = self.data, self.data.partition.kind == "files"
+        if self.evaluation.on == "global" and own_files and data.test_source is None:
             raise _ConflictError(
                 "'global' needs data.test_source when each agent has its own file; give one, or set it to own",
                 "evaluation.on",
                 "data.source",
                 "data.test_source",
+            )
+        if self.evaluation.on == "global" and own_files and data.validation_size:
+            raise _ConflictError(
+                "each agent has its own file, no set for all can be taken; set it to 0, or evaluation.on to own",
+                "data.validation_size",
+                "data.source",
+                "evaluation.on",
+            )
+        for name in ("test_source", "test_split"):
+            if self.evaluation.on == "own" and getattr(data, name) is not None:
+                raise _ConflictError(
+                    "evaluation.on is own, which holds out a share of each agent's own data; leave it out, or set "
+                    "evaluation.on to global",
+                    f"data.{name}",
+                    "evaluation.on",
+                )
+        if self.evaluation.split == "validation" and not data.validation_size:
+            raise _ConflictError(
+                "'validation' needs data.validation_size, which is 0", "evaluation.split", "data.validation_size"
             )
         return self
 

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from . import algorithms, exchange
 from .adapters import agent_name, as_adapter, as_tensors, pair_names, scalings, trainable, write
+from .errors import DecafError
 from .exchange import Processes
 from .files import append_line, write_text
 from .mixing import MixingSchedule
@@ -60,6 +61,16 @@ class Network:
         like = self.parameters[self.agents[0]]
         stays = {a for a, _ in pair_names(like).values()} if algorithms.ALGORITHMS[algorithm].freezes_a else set()
         self.travels = [name for name in like if name not in stays]
+
+    def check_finite(self, step: int) -> None:
+        """Raise `DecafError` naming the first hosted agent whose adapter is not finite, before it reaches others."""
+        for agent, own in self.parameters.items():
+            for name, parameter in own.items():
+                if not bool(torch.isfinite(parameter).all()):
+                    raise DecafError(
+                        f"agent {agent}: {name} is not finite after step {step}; lower learning_rate or set "
+                        "max_grad_norm; nothing of this round was mixed or saved"
+                    )
 
     @torch.no_grad()
     def mix(self, round_index: int) -> list[Exchanged]:
@@ -146,6 +157,7 @@ class RoundCallback(TrainerCallback):
             return
         round_index = state.global_step // args.local_steps
         trained = self._now()
+        exchange.together(self.network.processes, lambda: self.network.check_finite(state.global_step))
         done = self.network.mix(round_index)
         mixed = self._now()
         own = {"loss": self.trainer.mean_loss(), **self.network.measure(done)}

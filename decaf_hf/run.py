@@ -33,9 +33,10 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet:
     console = Console(quiet=quiet or not processes.is_main)
     folder = recipe.run_folder
     exchange.together(processes, lambda: _check_folder(folder, recipe, resume, overwrite))
+    exchange.agree(processes, _flat(recipe.model_dump(exclude={"output_dir"})))
     sites = load_sites(recipe, processes)
     trainer = build_trainer(recipe, sites, processes)
-    exchange.together(processes, trainer.choose_hosting)
+    exchange.together(processes, lambda: _try_out(trainer))
     if processes.is_main:
         if overwrite and folder.exists():
             shutil.rmtree(folder)
@@ -80,6 +81,15 @@ def build_trainer(recipe: Recipe, sites: Sites, processes: Processes) -> Decentr
         processing_class=tokenizer,
         compute_metrics=classification_metrics(recipe.evaluation.metrics),
     )
+
+
+def _try_out(trainer: DecentralizedTrainer) -> None:
+    """What would otherwise fail in the first step, when the run folder is already there."""
+    trainer.choose_hosting()
+    try:
+        trainer.create_optimizer()
+    except (ValueError, ImportError, RuntimeError, TypeError) as error:
+        raise DecafError(f"training: {' '.join(str(error).split())}") from error
 
 
 def config_of(recipe: Recipe) -> DecentralizedConfig:
@@ -134,8 +144,22 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -
         changed = _first_difference(before.model_dump(), recipe.model_dump())
         if changed:
             raise DecafError(f"{folder} was started with another {changed}; resume with the recipe in that folder")
-    elif folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
+    elif overwrite and folder.exists():
+        if not folder.is_dir() or (any(folder.iterdir()) and not (folder / "recipe.yaml").is_file()):
+            raise DecafError(f"{folder} is no run folder (no recipe.yaml); --overwrite replaces only those")
+        if Path.cwd().resolve().is_relative_to(folder.resolve()):
+            raise DecafError(f"--overwrite would remove {folder}, where the command runs; choose another output_dir")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DecafError(f"run folder {folder} exists; use --resume, --overwrite or another name")
+
+
+def _flat(tree: dict, where: str = "recipe") -> dict[str, str]:
+    """One item per recipe key, for comparing between processes."""
+    items = {}
+    for key, value in tree.items():
+        name = f"{where}.{key}"
+        items.update(_flat(value, name) if isinstance(value, dict) else {name: repr(value)})
+    return items
 
 
 def _first_difference(before: dict, after: dict, where: str = "") -> str | None:

@@ -66,7 +66,7 @@ def _read_test(recipe: Recipe) -> Dataset | None:
     data = recipe.data
     if data.test_source is not None:
         return _load(recipe, data.test_source, data.split)
-    if data.test_split is not None and data.partition.kind != "files":
+    if data.test_split is not None:
         return _load(recipe, data.source, data.test_split)
     return None
 

@@ -70,9 +70,12 @@ def lora_config(recipe: Recipe) -> LoraConfig:
 
 def loading_snippet(recipe: Recipe, folder: Path, labels: list[str]) -> str:
     """The lines of Python that load a saved adapter."""
-    location = model_location(recipe)
+    options = {"num_labels": len(labels), "revision": recipe.model.revision, "dtype": recipe.model.dtype}
+    if recipe.model.trust_remote_code:
+        options["trust_remote_code"] = True
+    given = ", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None)
     return (
         "from peft import PeftModel; from transformers import AutoModelForSequenceClassification\n"
-        f"base = AutoModelForSequenceClassification.from_pretrained({location!r}, num_labels={len(labels)})\n"
+        f"base = AutoModelForSequenceClassification.from_pretrained({model_location(recipe)!r}, {given})\n"
         f"model = PeftModel.from_pretrained(base, {str(folder)!r})"
     )

@@ -32,7 +32,7 @@ from .mixing import MixingSchedule, complete_schedule, identity_schedule, mixing
 from .partition import partition
 from .rounds import Network, RoundCallback
 from .sampling import AgentMajorSampler
-from .seeds import stream_seed
+from .seeds import graph_seed, stream_seed
 from .summary import versions, write_summary
 
 ROW_WISE_LOSSES = ("ForSequenceClassification",)  # losses known to be a function of each row's own logits
@@ -69,11 +69,7 @@ class DecentralizedMixin:
         self.agents = list(self.processes.agents(args.num_learners))
         self.schedule = _schedule(args)
         self.train_sets = exchange.together(self.processes, lambda: self._own_sets(train_dataset, args))
-        self.own_eval = isinstance(eval_dataset, list | tuple)
-        if self.own_eval:
-            self._check_count("eval_dataset", eval_dataset, args)
-            pooled = ALGORITHMS[args.algorithm].pooled
-            eval_dataset = [_concatenate(list(eval_dataset))] if pooled else [eval_dataset[a] for a in self.agents]
+        eval_dataset = self._hosted_eval(eval_dataset, args)
         self._set_length(args)
 
         base = {f"base {name}": tensor for name, tensor in frozen(model).items()}
@@ -82,11 +78,12 @@ class DecentralizedMixin:
             torch.manual_seed(stream_seed(args.seed, "adapter"))
             model = add_agents(model, peft_config, self.agents, freeze_a=ALGORITHMS[args.algorithm].freezes_a)
         start = {f"adapter {k}": v for k, v in trainable(model, agent_name(self.agents[0])).items()}
-        items = {**base, **start} if self.processes.count > 1 else {}
-        exchange.agree(
-            self.processes,
-            {**_comparable(args), **{name: digest({name: tensor})[:16] for name, tensor in items.items()}},
-        )
+        if self.processes.count > 1:
+            tensors = {**base, **start, "mixing matrix of round 1": self.schedule.matrix(1)}
+            digests = {name: digest({name: tensor})[:16] for name, tensor in tensors.items()}
+            config = model.peft_config[agent_name(self.agents[0])].to_dict()
+            lora = {f"lora {name}": _text(value) for name, value in config.items()}
+            exchange.agree(self.processes, {**_comparable(args), **lora, **digests})
         self.hosting = Hosting(model, self.agents, mode=args.hosting, seed=args.seed, base_dropout=args.base_dropout)
         # Our losses are plain means over an agent's rows of one micro-batch; the Trainer divides by their number.
         self.loss_is_scaled_for_ga = False
@@ -140,6 +137,15 @@ class DecentralizedMixin:
                     "per_device_train_batch_size"
                 )
         return own
+
+    def _hosted_eval(self, data: Any, args: DecentralizedConfig) -> Any:
+        """Held-out data of this process: one data set for all, or the hosted agents' own."""
+        if isinstance(data, dict):
+            raise DecafError("eval_dataset is one data set or a list with each agent's own, not a dictionary")
+        if not isinstance(data, list | tuple):
+            return data
+        self._check_count("eval_dataset", data, args)
+        return [_concatenate(list(data))] if ALGORITHMS[args.algorithm].pooled else [data[a] for a in self.agents]
 
     def _check_count(self, what: str, data: Sequence, args: DecentralizedConfig) -> None:
         if len(data) != args.num_agents:
@@ -255,7 +261,7 @@ class DecentralizedMixin:
             index = int((~finite).nonzero()[0])
             raise DecafError(
                 f"agent {self.agents[index]}: loss {losses[index].item()} at step {self.state.global_step + 1}; "
-                "lower learning_rate or set max_grad_norm; the checkpoint of the last round is kept"
+                "lower learning_rate or set max_grad_norm; what earlier rounds saved is kept"
             )
 
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
@@ -285,7 +291,7 @@ class DecentralizedMixin:
     ) -> dict[str, float]:
         """Judge the consensus and every agent; the metrics name which: `eval_consensus_accuracy`, `eval_agent3_loss`,
         `eval_agents_mean_accuracy`, `eval_agents_min_accuracy`. `self.evaluation` holds the same, nested."""
-        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        data = self.eval_dataset if eval_dataset is None else self._hosted_eval(eval_dataset, self.args)
         if data is None:
             raise DecafError("evaluation needs an eval_dataset")
         self.evaluation = self._judge(data, ignore_keys)
@@ -353,11 +359,18 @@ class DecentralizedMixin:
             if last is None:
                 raise DecafError(f"no checkpoint to resume from in {self.args.output_dir}/checkpoints")
             resume_from_checkpoint = str(last)
-        if resume_from_checkpoint:
+        if not resume_from_checkpoint:
+            exchange.together(self.processes, self._check_no_checkpoint)
+        else:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / checkpoint.STATE_NAME))
             if state.global_step >= self.args.max_steps:
                 return self._finished(resume_from_checkpoint, state)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _check_no_checkpoint(self) -> None:
+        last = checkpoint.last_checkpoint(self.args.output_dir)
+        if last is not None:
+            raise DecafError(f"{last} is of another run; resume it, remove it or choose another output_dir")
 
     def _finished(self, folder: str, state: TrainerState) -> TrainOutput:
         """Take up a run whose last round is done; the Trainer's own loop would add a step."""
@@ -379,6 +392,10 @@ class DecentralizedMixin:
         save_adapter(folder / "consensus", self.network.consensus(everyone), config)
         write_summary(folder, self)
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: the Trainer's own would upload the checkpoints, optimizer state and all."""
+        raise DecafError("push_to_hub is not supported: save_model() and upload consensus/ and agents/ instead")
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.store_flos()
         folder = checkpoint.folder(self.args.output_dir, self.state.global_step)
@@ -399,6 +416,7 @@ class DecentralizedMixin:
 
     def _load_best_model(self) -> None:
         checkpoint.load_adapters(Path(self.state.best_model_checkpoint), self.network.parameters)
+        self.evaluation = self._judge(self.eval_dataset, None)  # of the adapters that are kept
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint.load_adapters(Path(resume_from_checkpoint), self.network.parameters)
@@ -429,7 +447,7 @@ def _schedule(args: DecentralizedConfig) -> MixingSchedule:
         args.weights,
         degree=args.degree,
         probability=args.probability,
-        seed=stream_seed(args.seed, "graph") % 2**32,
+        seed=graph_seed(args.seed),
     )
 
 
@@ -444,5 +462,10 @@ def _concatenate(parts: list[Any]) -> Any:
 def _comparable(args: DecentralizedConfig) -> dict[str, str]:
     """What all processes must agree on, one item per argument; folders and process numbers may differ."""
     own = {"output_dir", "logging_dir", "local_rank", "run_name", "hub_token"}
-    settings = {f"argument {k}": json.dumps(v, default=str) for k, v in args.to_dict().items() if k not in own}
+    settings = {f"argument {name}": _text(value) for name, value in args.to_dict().items() if name not in own}
     return {**settings, **{f"version {name}": version for name, version in versions().items()}}
+
+
+def _text(value: Any) -> str:
+    """A setting in words that are the same in every process; the order of a set is not."""
+    return json.dumps(sorted(value) if isinstance(value, set) else value, sort_keys=True, default=str)

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from decaf_hf import checkpoint, exchange
 from decaf_hf.errors import DecafError
+from decaf_hf.rounds import Network
 
 from . import tiny_recipe
 from .agents import run_agents
@@ -207,7 +208,16 @@ def test_an_existing_run_folder(folder):
     (folder / "run" / "notes.txt").write_text("mine", encoding="utf-8")
     refused(folder, named=(str(folder / "run"), "--resume", "--overwrite"))
     refused(folder, "--resume", "--overwrite", named=("--resume", "--overwrite"))
+    refused(folder, "--overwrite", named=(str(folder / "run"), "no recipe.yaml"))
+    (folder / "run" / "recipe.yaml").write_text("name: old", encoding="utf-8")
     refused(folder, "--overwrite", "lora.bias=all", named=("lora.bias",))  # what was there is not yet replaced
+
+
+def test_overwrite_does_not_remove_the_folder_where_the_command_runs(folder):
+    refused(folder, "--overwrite", "output_dir=.", named=("--overwrite", "another output_dir"))
+    (folder / "run" / "inner").mkdir(parents=True)
+    (folder / "run" / "inner" / "file").touch()
+    refused(folder, "--overwrite", f"output_dir={folder}", named=("--overwrite", "another output_dir"))
 
 
 def test_resume_without_a_checkpoint(folder):
@@ -281,6 +291,22 @@ def test_non_finite_loss_keeps_the_last_good_round(folder, monkeypatch):
     for name in ("consensus", "agents/0", "agents/1", "agents/2"):
         ours, whole = (load_file(folder / run / name / "adapter_model.safetensors") for run in ("run", "whole"))
         assert all(torch.equal(ours[key], whole[key]) for key in whole)
+
+
+def test_an_adapter_that_is_not_finite_is_not_mixed(folder, monkeypatch):
+    spoiled = []
+
+    def spoil(self, step, original=Network.check_finite):
+        if step == 4:
+            spoiled.append(next(iter(self.parameters[2])))
+            self.parameters[2][spoiled[0]].data.view(-1)[0] = torch.inf
+        original(self, step)
+
+    monkeypatch.setattr(Network, "check_finite", spoil)
+    code, _, err = command("train", "recipe.yaml")
+    one_line(code, err, f"agent 2: {spoiled[0]} is not finite after step 4", "learning_rate")
+    assert checkpoint.last_checkpoint(folder / "run") == folder / "run" / "checkpoints" / "checkpoint-2"
+    assert len((folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 1
 
 
 def test_a_huge_learning_rate_stops_at_once(folder):

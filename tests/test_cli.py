@@ -198,6 +198,7 @@ def test_overwrite_leaves_nothing_of_the_old_run(tmp_path):
     path = write_recipe(tmp_path)
     (tmp_path / "run" / "agents" / "7").mkdir(parents=True)
     (tmp_path / "run" / "old.txt").write_text("old", encoding="utf-8")
+    (tmp_path / "run" / "recipe.yaml").write_text("name: old", encoding="utf-8")
     code, _, err = command("train", path, "--overwrite", "algorithm.rounds=1", "algorithm.local_steps=1")
     assert (code, err) == (0, "")
     assert not (tmp_path / "run" / "old.txt").exists()

@@ -34,6 +34,8 @@ def runs(monkeypatch):
         summary = {
             "eval": {"agents_mean": judged, "agents_min": judged, "consensus": other},
             "payload_mib": recipe.lora.r,
+            "versions": {"torch": "2"},
+            "git_commit": "abc" if recipe.algorithm.name == "decaf" else None,
         }
         write_text(recipe.run_folder / "summary.json", json.dumps(summary))
         write_text(recipe.run_folder / "recipe.yaml", resolved_yaml(recipe))
@@ -95,6 +97,7 @@ def test_numbers_of_the_json_and_of_the_table(recipe, runs, tmp_path, capsys):
     assert dlora["consensus"]["accuracy"]["mean"] == pytest.approx(1 - 0.205)
     assert decaf["agents_min"]["f1"]["mean"] == pytest.approx(0.2025)
     assert (dlora["payload_mib"], decaf["payload_mib"]) == (2, 4)
+    assert comparison["made_with"] == [{"versions": {"torch": "2"}, "git_commit": commit} for commit in (None, "abc")]
     rows = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8").splitlines()
     assert rows[2:] == [
         "| dlora | lora.r=2 | 0.205 \u00b1 0.007 | 0.205 \u00b1 0.007 | 0.795 \u00b1 0.007 | 2.0 |",
@@ -156,6 +159,10 @@ def test_a_grid_of_two_axes_is_their_product(recipe, runs, tmp_path):
         ({"grid": ["lora.r=2,many"]}, "lora.r: 'many'"),
         ({"tuning_seed": 1}, "--tuning-seed 1"),
         ({"seeds": [-1]}, "seed"),
+        ({"seeds": [0, 1, 0]}, "--seeds 0,1,0: name each seed once"),
+        ({"grid": ["seed=1,2"]}, "--grid 'seed=1,2': decaf compare sets seed itself"),
+        ({"grid": ["algorithm.name=dlora,decaf"]}, "decaf compare sets algorithm.name itself"),
+        ({"overrides": ["evaluation.split=validation"]}, "evaluation.split=validation: decaf compare sets it itself"),
     ],
 )
 def test_bad_flags_are_refused_before_the_first_run(recipe, runs, tmp_path, changes, words):

@@ -1,6 +1,7 @@
 """Promises 3 to 7 of the package; promise 1 is in test_placement, 2 in test_lowrank."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -306,6 +307,15 @@ def differing(processes, folder, what):
         lora = tiny.lora(r=3)
     if processes.index == 1 and what == "recipe":
         changes = {"learning_rate": 0.06}
+    if processes.index == 1 and what == "lora":
+        lora = tiny.lora(lora_alpha=9)
+    if what == "graph":  # one name, two files
+        own = folder / str(processes.index)
+        own.mkdir()
+        os.chdir(own)
+        edges = ["0,1", "1,2", "2,3", "3,0"] if processes.index else ["0,1", "1,2", "2,3"]
+        (own / "edges.csv").write_text("\n".join(edges) + "\n", encoding="utf-8")
+        changes = {"topology": "edges.csv"}
     tiny.trainer(f"{folder}/{processes.index}", model, lora, **changes)
 
 
@@ -316,6 +326,8 @@ def differing(processes, folder, what):
         ("base", "base bert.encoder.layer.1.output.dense.weight"),
         ("shape", "adapter base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"),
         ("recipe", "argument learning_rate"),
+        ("lora", "lora lora_alpha"),
+        ("graph", "mixing matrix of round 1"),
     ],
 )
 def test_7_processes_that_differ_stop_with_the_name_of_the_item(tmp_path, what, name):

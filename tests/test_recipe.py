@@ -312,7 +312,7 @@ def test_fields_that_the_run_sets_are_refused_with_the_reason(write, section):
         ("training.save_steps", "checkpoint_rounds"),
         ("training.eval_strategy", "evaluation.every_rounds"),
         ("training.deepspeed", "an agent lives in one process"),
-        ("training.hub_token", "publish the run folder afterwards"),
+        ("training.hub_token", "upload consensus/ and agents/"),
         ("lora.task_type", "set by the run"),
     ],
 )
@@ -335,6 +335,13 @@ def test_reason_of_a_refused_field_says_what_to_do(write, key, words):
         (["data.source=/x/{agent}.csv", "data.partition.kind=iid"], "data.partition.kind: 'iid', but data.source has"),
         (["data.source=/x/{agent}.csv"], "evaluation.on: 'global' needs data.test_source when each agent"),
         (["data.test_source=a", "data.test_split=b"], "data.test_split: a split of data.source; set it or"),
+        (["evaluation.on=own", "data.test_split=b"], "data.test_split: evaluation.on is own, which holds out a share"),
+        (["evaluation.on=own", "data.test_source=a"], "data.test_source: evaluation.on is own, which holds out a"),
+        (["evaluation.split=validation"], "evaluation.split: 'validation' needs data.validation_size, which is 0"),
+        (
+            ["data.source=/x/{agent}.csv", "data.test_source=a", "data.validation_size=5"],
+            "data.validation_size: each agent has its own file",
+        ),
     ],
 )
 def test_values_that_do_not_fit_each_other_are_refused(write, overrides, words):
