@@ -3,7 +3,8 @@
     python benchmarks/lowrank.py [--threads 1] [--sizes 512,1024,2048,4096]
 
 Same inputs for all three, one interleaved run: ours is timed before and after the slow ones and the median taken.
-Ours is everything a layer costs in a round: stacking, truncated SVD, split and alignment.
+Ours is everything a layer costs in a round: stacking, truncated SVD, split and alignment. All three work in float32;
+a dense SVD in float64, not timed, says how much of their differences is whose rounding.
 """
 
 import argparse
@@ -35,6 +36,9 @@ COLUMNS = {
     "dense / ours": "{dense_ratio:.0f}",
     "difference to dense": "{difference_dense:.0e}",
     "difference to PEFT": "{difference_peft:.0e}",
+    "ours to float64": "{error_ours:.0e}",
+    "dense to float64": "{error_dense:.0e}",
+    "PEFT to float64": "{error_peft:.0e}",
 }
 
 
@@ -73,6 +77,11 @@ def peft_model(factors: list[LoraFactors], d: int, r: int) -> PeftModel:
     return model
 
 
+def difference(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Relative, in the Frobenius norm."""
+    return ((one.to(other.dtype) - other).norm() / other.norm()).item()
+
+
 def case(d: int, r: int, senders: int, device: str) -> dict:
     torch.manual_seed(0)
     factors = [
@@ -87,8 +96,10 @@ def case(d: int, r: int, senders: int, device: str) -> dict:
         L, R = stack_products(factors, weights)
         return refactor(truncated_svd(L, R, r), factors[0], split="row_norms", align=True)
 
-    def dense() -> torch.Tensor:
-        product = sum(weight * pair.B @ pair.A for weight, pair in zip(weights, factors, strict=True))
+    def dense(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        product = sum(
+            weight * pair.B.to(dtype) @ pair.A.to(dtype) for weight, pair in zip(weights, factors, strict=True)
+        )
         U, S, Vh = torch.linalg.svd(product, full_matrices=False)
         return (U[:, :r] * S[:r]) @ Vh[:r]
 
@@ -114,8 +125,10 @@ def case(d: int, r: int, senders: int, device: str) -> dict:
     row |= {"peft_ms": statistics.median(peft_ms), "dense_ms": statistics.median(dense_ms)}
     row |= {"peft_ratio": row["peft_ms"] / row["ours_ms"], "dense_ratio": row["dense_ms"] / row["ours_ms"]}
     product = pair.B @ pair.A
-    row["difference_dense"] = ((product - reference).norm() / reference.norm()).item()
-    row["difference_peft"] = ((product - theirs).norm() / theirs.norm()).item()
+    exact = dense(torch.float64)
+    row |= {"difference_dense": difference(product, reference), "difference_peft": difference(product, theirs)}
+    row |= {"error_ours": difference(product, exact), "error_dense": difference(reference, exact)}
+    row["error_peft"] = difference(theirs, exact)
     return row
 
 
