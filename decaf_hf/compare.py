@@ -101,6 +101,12 @@ def markdown(comparison: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def short_setting(override: str) -> str:
+    """`learning_rate=2e-3` for `training.learning_rate=2e-3`."""
+    key, _, value = override.partition("=")
+    return f"{key.rpartition('.')[2]}={value}"
+
+
 _HEAD = ("algorithm", "setting", "agents' mean", "worst agent", "consensus", "sent by one agent, MiB")
 
 
@@ -109,7 +115,8 @@ def _row(arm: dict[str, Any], metric: str) -> list[str]:
         f"{arm[who][metric]['mean']:.3f} ± {arm[who][metric]['sd']:.3f}"
         for who in ("agents_mean", "agents_min", "consensus")
     ]
-    return [arm["algorithm"], ", ".join(arm["setting"]) or "as in the recipe", *scores, f"{arm['payload_mib']:.1f}"]
+    setting = ", ".join(short_setting(override) for override in arm["setting"]) or "as in the recipe"
+    return [arm["algorithm"], setting, *scores, f"{arm['payload_mib']:.1f}"]
 
 
 def _settings(grid: Sequence[str]) -> list[list[str]]:

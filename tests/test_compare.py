@@ -100,8 +100,8 @@ def test_numbers_of_the_json_and_of_the_table(recipe, runs, tmp_path, capsys):
     assert comparison["made_with"] == [{"versions": {"torch": "2"}, "git_commit": commit} for commit in (None, "abc")]
     rows = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8").splitlines()
     assert rows[2:] == [
-        "| dlora | lora.r=2 | 0.205 \u00b1 0.007 | 0.205 \u00b1 0.007 | 0.795 \u00b1 0.007 | 2.0 |",
-        "| decaf | lora.r=4 | 0.405 \u00b1 0.007 | 0.405 \u00b1 0.007 | 0.595 \u00b1 0.007 | 4.0 |",
+        "| dlora | r=2 | 0.205 \u00b1 0.007 | 0.205 \u00b1 0.007 | 0.795 \u00b1 0.007 | 2.0 |",
+        "| decaf | r=4 | 0.405 \u00b1 0.007 | 0.405 \u00b1 0.007 | 0.595 \u00b1 0.007 | 4.0 |",
     ]
     assert "decaf" in capsys.readouterr().out
 
