@@ -72,7 +72,8 @@ def add_agents(model: nn.Module, config: LoraConfig, agents: Sequence[int], *, f
         ) from error
     _check_layers(peft_model, first)
     for name in names[1:] + [CONSENSUS]:
-        peft_model.add_adapter(name, copy.deepcopy(config))
+        # the first one's configuration: get_peft_model has put the base model's name into it
+        peft_model.add_adapter(name, copy.deepcopy(peft_model.peft_config[first]))
     initial = start or {key: value.clone() for key, value in trainable(peft_model, first).items()}
     pairs = pair_names(initial)
     frozen = {a for a, _ in pairs.values()} if freeze_a else set()

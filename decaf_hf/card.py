@@ -1,37 +1,213 @@
-"""The model card of a run: every number on it is read from the run folder."""
+"""Model cards: every number on them is read from the run folder.
+
+The same template describes a run folder and a repository on the Hub; they differ in where the adapters lie and in what
+is known of the base model's id.
+"""
 
 import importlib.resources
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .errors import DecafError
 from .files import write_text
-from .recipe import Recipe
+from .recipe import HubSection, Recipe, read_recipe
 from .rounds import read_metrics
-from .sites import Sites
-from .tasks import loading_snippet
+from .tasks import AUTO_CLASSES, model_location
+
+PIPELINES = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation", "TOKEN_CLS": "token-classification"}
 
 
-def write_card(folder: Path, recipe: Recipe, sites: Sites) -> None:
-    """Render `README.md` from the run's summary, metrics and partition."""
-    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    partition = json.loads((folder / "partition.json").read_text(encoding="utf-8"))
-    data = ModelCardData(
-        library_name="peft",
-        pipeline_tag=recipe.model.task,
-        tags=["lora", "decentralized", summary["algorithm"]],
+@dataclass(frozen=True)
+class Record:
+    """What a run folder tells; None for what this run does not have."""
+
+    folder: Path
+    summary: dict[str, Any]
+    rounds: list[dict[str, Any]]
+    adapter: dict[str, Any]  # the consensus' adapter_config.json
+    recipe: Recipe | None
+    partition: dict[str, Any] | None
+    evaluation: dict[str, Any] | None  # of `decaf evaluate`, with confidence intervals
+    comparison: dict[str, Any] | None  # of the `decaf compare` that made the run
+
+    @property
+    def name(self) -> str:
+        """The recipe's name, or the folder's."""
+        return self.recipe.name if self.recipe is not None else self.folder.resolve().name
+
+    @property
+    def base(self) -> str:
+        """The base model as the run was told it: a Hub id, a folder or a package."""
+        given = self.recipe.model.name_or_path if self.recipe is not None else self.adapter["base_model_name_or_path"]
+        return given or ""
+
+
+def read_record(folder: Path) -> Record:
+    """Read a run folder. Raises `DecafError` naming the file that is missing or damaged."""
+    if not folder.is_dir():
+        raise DecafError(f"no run folder {str(folder)!r}")
+    recipe = folder / "recipe.yaml"
+    return Record(
+        folder=folder,
+        summary=_json(folder / "summary.json"),
+        rounds=read_metrics(folder / "metrics.jsonl"),
+        adapter=_json(folder / "consensus" / "adapter_config.json"),
+        recipe=read_recipe(recipe) if recipe.exists() else None,
+        partition=_optional(folder / "partition.json"),
+        evaluation=_optional(folder / "evaluation.json"),
+        comparison=_optional(folder / "comparison.json"),
+    )
+
+
+def write_card(folder: Path) -> None:
+    """Render `README.md` of a run folder."""
+    write_text(folder / "README.md", render_card(read_record(folder)))
+
+
+def render_card(
+    record: Record, *, hub: HubSection | None = None, base_model: str | None = None, agent: int | None = None
+) -> str:
+    """The card of a run folder; with `hub` and `base_model` (a Hub id) that of the repository `hub.repo_id`.
+
+    `agent` says whose adapter is at the repository's root; None is the consensus.
+    """
+    published = hub is not None
+    snippet = loading_snippet(
+        record,
+        base=base_model or record.base,
+        adapter=hub.repo_id if published else "consensus",
+        revision=round_tag(record) if published else None,
     )
     template = importlib.resources.files("decaf_hf.model_cards") / "run.md"
     with importlib.resources.as_file(template) as path:
         card = ModelCard.from_template(
-            data,
+            _metadata(record, hub, base_model, agent),
             template_path=str(path),
-            recipe=recipe,
-            summary=summary,
-            partition=partition,
-            last=read_metrics(folder / "metrics.jsonl")[-1],
-            held_out=sites.describe(recipe.evaluation.split),
-            snippet=loading_snippet(recipe, Path("consensus"), sites.labels),
+            record=record,
+            summary=record.summary,
+            recipe=record.recipe,
+            partition=record.partition,
+            last=record.rounds[-1] if record.rounds else None,
+            judged=_judged(record),
+            baselines=_baselines(record),
+            pictures=sorted(path.name for path in (record.folder / "pictures").glob("*.png")),
+            files="run/" if published else "",
+            hub=hub,
+            agent=agent,
+            tag=round_tag(record),
+            base_model=base_model or base_name(record.base),
+            snippet=snippet,
         )
-    write_text(folder / "README.md", str(card))
+    return str(card)
+
+
+def round_tag(record: Record) -> str:
+    """The tag of a publication: the round that the adapters come from."""
+    return f"round-{record.summary['rounds']}"
+
+
+def base_name(base: str) -> str:
+    """How a card calls a base model: a local folder by its name only, which tells nothing of the machine."""
+    return Path(base).name if base.startswith(("/", ".", "~")) or Path(base).is_dir() else base
+
+
+def loading_snippet(record: Record, *, base: str, adapter: str, revision: str | None = None) -> str:
+    """The lines of Python that load an adapter; `adapter` is a folder or a repository."""
+    task, model = record.adapter["task_type"], record.recipe.model if record.recipe is not None else None
+    auto_class = AUTO_CLASSES[task]
+    options: dict[str, Any] = {}
+    if task in ("SEQ_CLS", "TOKEN_CLS"):
+        labels = record.partition["labels"] if record.partition is not None else []
+        if 0 < len(labels) <= 20:
+            options["id2label"] = dict(enumerate(labels))  # how many there are, and what a pipeline calls them
+        else:
+            options["num_labels"] = record.summary["num_labels"]
+    if model is not None:
+        if not revision:
+            base = model_location(record.recipe)
+        options |= {"revision": model.revision, "dtype": model.dtype}
+        options |= {"trust_remote_code": True} if model.trust_remote_code else {}
+    given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
+    pinned = "" if revision is None else f", revision={revision!r}"
+    return (
+        f"from peft import PeftModel; from transformers import {auto_class}\n"
+        f"base = {auto_class}.from_pretrained({base!r}{given})\n"
+        f"model = PeftModel.from_pretrained(base, {adapter!r}{pinned})"
+    )
+
+
+def _metadata(record: Record, hub: HubSection | None, base_model: str | None, agent: int | None) -> ModelCardData:
+    summary, recipe = record.summary, record.recipe
+    pipeline = PIPELINES.get(record.adapter["task_type"])
+    source = recipe.data.source if recipe is not None else None
+    on_hub = source is not None and _is_dataset_id(source)
+    known = {
+        "pipeline_tag": pipeline,
+        "base_model": base_model,
+        "base_model_relation": "adapter" if base_model else None,
+        "license": hub.license if hub else None,
+        "language": hub.language if hub else None,
+        "datasets": [source] if on_hub else None,
+    }
+    results = _judged(record, agent) or {}
+    metrics = [name for name in results if name != "loss"]
+    if metrics and pipeline is not None:
+        known["metrics"] = metrics
+        known["model_name"] = record.name
+        known["eval_results"] = [
+            EvalResult(
+                task_type=pipeline,
+                dataset_type=source if on_hub else "private",
+                dataset_name=source if on_hub else _data_name(record),
+                dataset_split=recipe.evaluation.split if recipe is not None else None,
+                metric_type=name,
+                metric_value=results[name]["value"],
+            )
+            for name in metrics
+        ]
+    tags = ["lora", "decentralized", summary["algorithm"]]
+    if base_model:
+        tags.append(f"base_model:adapter:{base_model}")
+    return ModelCardData(
+        library_name="peft", tags=tags, **{name: value for name, value in known.items() if value is not None}
+    )
+
+
+def _judged(record: Record, agent: int | None = None) -> dict[str, dict[str, float]] | None:
+    """Metric -> value (and low, high where `decaf evaluate` was run) of the consensus or of an agent."""
+    for scores in (record.evaluation, record.summary["eval"]):
+        if scores is not None:
+            own = scores["consensus"] if agent is None else scores["agents"][agent]
+            return {name: value if isinstance(value, dict) else {"value": value} for name, value in own.items()}
+    return None
+
+
+def _baselines(record: Record) -> list[dict[str, Any]]:
+    """The arms of the comparison that this run belongs to."""
+    return record.comparison["arms"] if record.comparison is not None else []
+
+
+def _data_name(record: Record) -> str:
+    source = record.recipe.data.source if record.recipe is not None else "own data"
+    return source if source.startswith("package:") else Path(source).name or source
+
+
+def _is_dataset_id(source: str) -> bool:
+    return source.count("/") <= 1 and not source.startswith(("package:", ".", "/", "~")) and not Path(source).exists()
+
+
+def _optional(path: Path) -> dict[str, Any] | None:
+    return _json(path) if path.exists() else None
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DecafError(f"{path}: {error.strerror or error}; is this the folder of a finished run?") from None
+    except ValueError as error:
+        raise DecafError(f"{path} is damaged: {error}") from None

@@ -109,6 +109,11 @@ def load_training(
         {**saved, "params": group["params"]} for saved, group in zip(training["param_groups"], current, strict=True)
     ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for index, saved in state.items():  # load_state_dict has cast them to the parameter's format
+        own = optimizer.state[order[index]]
+        for key, value in saved.items():
+            if isinstance(value, Tensor) and own[key].dtype != value.dtype:
+                own[key] = value.to(own[key].device)
     scheduler.load_state_dict(training["scheduler"])
 
 

@@ -1,11 +1,11 @@
 """The commands. A refused input is one line on stderr and exit code 2."""
 
 import argparse
+import importlib.metadata
 import json
 import sys
 from pathlib import Path
 
-from . import exchange
 from .errors import DecafError
 
 
@@ -18,8 +18,14 @@ def main(arguments: list[str] | None = None) -> int:
     except DecafError as error:
         print(f"decaf: error: {error}", file=sys.stderr, flush=True)
         return 2
+    except KeyboardInterrupt:
+        resume = "; go on with --resume" if options.command is _train else ""
+        print(f"decaf: interrupted{resume}", file=sys.stderr, flush=True)
+        return 130
     finally:
-        exchange.leave()
+        exchange = sys.modules.get("decaf_hf.exchange")  # imported only to leave, torch would make --help slow
+        if exchange is not None:
+            exchange.leave()
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -34,6 +40,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _train(options: argparse.Namespace, arguments: list[str]) -> int:
+    from . import exchange
     from .exchange import Processes
     from .launch import describe_placement, missing_processes, start_processes
     from .recipe import read_recipe
@@ -70,6 +77,53 @@ def _compare(options: argparse.Namespace, _: list[str]) -> int:
         judge=options.judge,
         output=Path(options.output),
     )
+    return 0
+
+
+def _publish(options: argparse.Namespace, _: list[str]) -> int:
+    from .card import read_record
+    from .hub import publish
+    from .recipe import HubSection
+
+    folder = Path(options.run)
+    recipe = read_record(folder).recipe
+    given = {name: getattr(options, name) for name in ("repo_id", "layout", "base_model_id", "license")}
+    changes = {name: value for name, value in given.items() if value is not None}
+    changes |= {"private": False} if options.public else {}
+    hub = (recipe.hub if recipe is not None else HubSection()).model_copy(update=changes)
+    if hub.repo_id is None:
+        raise DecafError("name a repository with --repo-id USER/NAME; the run's recipe has no hub.repo_id")
+    for address in publish(folder, hub):
+        print(f"published: {address}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace, _: list[str]) -> int:
+    from rich.console import Console
+
+    from .evaluation import evaluate_adapters, print_evaluation, write_evaluation
+    from .hub import local_folder
+    from .recipe import read_recipe
+
+    folder = local_folder(options.run)
+    recipe = read_recipe(options.recipe) if options.recipe is not None else None
+    result = evaluate_adapters(folder, recipe=recipe, data=options.data)
+    print_evaluation(result, Console())
+    if folder == Path(options.run) and options.data is None and options.recipe is None:
+        from .card import write_card
+
+        write_evaluation(folder, result)
+        write_card(folder)
+    return 0
+
+
+def _report(options: argparse.Namespace, _: list[str]) -> int:
+    from .report import write_report
+
+    folders = [Path(run) for run in options.runs]
+    if options.output is None and len(folders) > 1:
+        raise DecafError("a report of several runs needs --output FOLDER")
+    print(write_report(folders, Path(options.output) if options.output is not None else folders[0]))
     return 0
 
 
@@ -132,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="decaf", description="Decentralized LoRA: agents on a graph fine-tune one model without sharing data."
     )
+    parser.add_argument("--version", action="version", version=f"decaf {importlib.metadata.version('decaf-hf')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="train a recipe", allow_abbrev=False)
@@ -165,7 +220,7 @@ def _parser() -> argparse.ArgumentParser:
 
     graph = commands.add_parser("graph", help="print and draw a topology", allow_abbrev=False)
     graph.add_argument("topology", help="a name, or a file with edges or a matrix")
-    graph.add_argument("--agents", type=int, required=True)
+    graph.add_argument("--agents", type=int, required=True, help="number of agents")
     graph.add_argument("--weights", default="metropolis", help="metropolis, uniform or explicit")
     graph.add_argument("--degree", type=int, help="for random_regular and small_world")
     graph.add_argument("--probability", type=float, help="for erdos_renyi and small_world")
@@ -173,6 +228,26 @@ def _parser() -> argparse.ArgumentParser:
     graph.add_argument("--adapter-mib", type=float, help="size of an adapter, for the payload of a round")
     graph.add_argument("--output", help="the PNG (default: TOPOLOGY-N.png)")
     graph.set_defaults(command=_graph)
+
+    publish = commands.add_parser("publish", help="publish a run's adapters to the Hub", allow_abbrev=False)
+    publish.add_argument("run", help="a run folder")
+    publish.add_argument("--repo-id", help="USER/NAME (default: the recipe's hub.repo_id)")
+    publish.add_argument("--layout", choices=("single", "per-agent"), help="one repository or one per agent")
+    publish.add_argument("--public", action="store_true", help="make new repositories public")
+    publish.add_argument("--base-model-id", help="Hub id of the base model, where the run knows only a folder")
+    publish.add_argument("--license", help="license of the adapters, as apache-2.0")
+    publish.set_defaults(command=_publish)
+
+    evaluate = commands.add_parser("evaluate", help="judge the adapters of a run or repository", allow_abbrev=False)
+    evaluate.add_argument("run", metavar="RUN_OR_REPO", help="a run folder or USER/NAME on the Hub")
+    evaluate.add_argument("--recipe", help="a recipe in place of the run's own")
+    evaluate.add_argument("--data", metavar="SOURCE", help="texts in place of the recipe's test split")
+    evaluate.set_defaults(command=_evaluate)
+
+    report = commands.add_parser("report", help="pictures and one HTML page of a run, or several", allow_abbrev=False)
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run folders")
+    report.add_argument("--output", help="folder of the report (default: the run folder)")
+    report.set_defaults(command=_report)
 
     schema = commands.add_parser("schema", help="print the recipe's JSON schema")
     schema.set_defaults(command=_schema)

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from . import exchange
 from .algorithms import ALGORITHMS
+from .card import write_card
 from .errors import DecafError, require_one_of
 from .files import write_text
 from .recipe import Recipe, read_recipe, resolved_yaml
@@ -90,7 +91,9 @@ def compare(
     }
     write_text(output / "comparison.json", json.dumps(comparison, indent=2) + "\n")
     write_text(output / "comparison.md", markdown(comparison))
+    _tell_the_runs(comparison, output)
     _print(comparison, console)
+    console.print(f"written to {output / 'comparison.md'} and comparison.json", highlight=False, soft_wrap=True)
     return comparison
 
 
@@ -154,6 +157,15 @@ def _finished(folder: Path, recipe: Recipe) -> bool:
     return (folder / "recipe.yaml").read_text(encoding="utf-8") == resolved_yaml(recipe)
 
 
+def _tell_the_runs(comparison: dict[str, Any], output: Path) -> None:
+    """Give each compared run the scores of the others, for its card."""
+    table = {name: comparison[name] for name in ("metric", "judge", "grid", "tuning_seed", "seeds", "arms")}
+    for arm, seed in itertools.product(comparison["arms"], comparison["seeds"]):
+        folder = output / "runs" / arm["algorithm"] / f"seed-{seed}"
+        write_text(folder / "comparison.json", json.dumps(table, indent=2) + "\n")
+        write_card(folder)
+
+
 def _arm(
     algorithm: str, setting: list[str], tried: list[dict], seeds: Sequence[int], results: list[dict[str, Any]]
 ) -> dict[str, Any]:
@@ -176,7 +188,7 @@ def _print(comparison: dict[str, Any], console: Console) -> None:
     seeds = ", ".join(map(str, comparison["seeds"]))
     table = Table(title=f"{comparison['metric']}, mean ± standard deviation over seeds {seeds}")
     for name in _HEAD:
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for arm in comparison["arms"]:
         table.add_row(*_row(arm, comparison["metric"]))
     console.print(table)

@@ -100,6 +100,8 @@ class DecentralizedConfig(TrainingArguments):
             raise DecafError(
                 "train_sampling_strategy is not supported: every agent draws from its own shuffled stream"
             )
+        if not self.eval_do_concat_batches:
+            raise DecafError("eval_do_concat_batches=False is not supported: adapters are judged on whole data sets")
         for name, why in _REFUSED.items():
             if getattr(self, name, None):
                 raise DecafError(f"{name} is not supported: {why}")
@@ -120,7 +122,7 @@ _REFUSED = {
     "fsdp": "an agent lives in one process",
     "deepspeed": "an agent lives in one process",
     "auto_find_batch_size": "every agent contributes the same number of rows",
-    "push_to_hub": "publish the run folder after training",
+    "push_to_hub": "call trainer.push_to_hub() after training",
     "fp16": "its loss scaler is shared by the agents of a process; use bf16",
     "ignore_data_skip": "a resumed run would see samples twice",
     "neftune_noise_alpha": "its noise is not each agent's own",

@@ -122,7 +122,7 @@ def load_source(
     elif isinstance(files, Path):
         dataset = _load_text_folders(source, files, split, text, label, encoding, encoding_errors)
     else:
-        dataset = _load_files(source, files, split, encoding, encoding_errors)
+        dataset = _load_files(source, files, split, label, encoding, encoding_errors)
     _check_rows(source, dataset, text, label)
     return dataset
 
@@ -193,7 +193,9 @@ def _load_text_folders(
     return Dataset.from_dict({text: texts, label: [name for _, name in rows]})
 
 
-def _load_files(source: str, files: list[Path], split: str, encoding: str, encoding_errors: str) -> Dataset:
+def _load_files(
+    source: str, files: list[Path], split: str, label: str, encoding: str, encoding_errors: str
+) -> Dataset:
     """Read files of one kind through the loader that datasets has for it."""
     suffixes = sorted({file.suffix.lower() for file in files})
     unknown = [suffix for suffix in suffixes if suffix not in LOADERS]
@@ -205,6 +207,8 @@ def _load_files(source: str, files: list[Path], split: str, encoding: str, encod
         if file.stat().st_size == 0:
             raise DecafError(f"{file} is empty; fill it or name another data.source")
     loader, options = LOADERS[suffixes[0]]
+    if loader == "csv":  # labels stay as they are written: 01 is not 1, in this file or in another agent's
+        options = {**options, "converters": {label: _as_written}}
     # A cache of our own, thrown away: a changed file is always read anew, and no copy of private data is left behind.
     with TemporaryDirectory() as folder, _quiet():
         if loader != "parquet":
@@ -230,6 +234,10 @@ def _load_files(source: str, files: list[Path], split: str, encoding: str, encod
         # pandas then takes the first field for a row name and shifts all others by one
         raise DecafError(f"the rows of {source!r} have more fields than its header; quote texts that hold separators")
     return dataset
+
+
+def _as_written(field: str) -> str | None:
+    return field or None
 
 
 def _as_utf8(file: Path, folder: Path, number: int, encoding: str, encoding_errors: str) -> Path:

@@ -1,7 +1,8 @@
-"""What `decaf graph` shows of a mixing schedule: a table on the terminal and a drawing as PNG."""
+"""Drawing of agents, edges and weights, and what `decaf graph` shows of a mixing schedule: a table and a PNG."""
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import networkx as nx
@@ -14,7 +15,6 @@ from matplotlib.path import Path as Curve
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor
 
 from .errors import DecafError
 from .mixing import MixingSchedule
@@ -38,7 +38,7 @@ def print_graph(schedule: MixingSchedule, *, adapter_mib: float | None, console:
         if schedule.num_agents > ROWS:
             console.print(f"and {schedule.num_agents - ROWS} more agents")
 
-    edges = [_graph(schedule.matrix(round_index)).number_of_edges() for round_index in rounds]
+    edges = [_graph(schedule.matrix(round_index).numpy()).number_of_edges() for round_index in rounds]
     when = "" if schedule.period == 1 else f" in rounds {rounds[0]} to {rounds[-1]}"
     console.print(f"edges{when}: {', '.join(map(str, edges))}")
     if adapter_mib is not None:
@@ -75,8 +75,8 @@ def _first_rounds(schedule: MixingSchedule) -> range:
     return range(1, 1 + (schedule.period or 3))
 
 
-def _graph(mixing: Tensor) -> nx.Graph:
-    graph = nx.from_numpy_array(mixing.numpy())
+def _graph(mixing: np.ndarray) -> nx.Graph:
+    graph = nx.from_numpy_array(mixing)
     graph.remove_edges_from(list(nx.selfloop_edges(graph)))
     return graph
 
@@ -134,16 +134,22 @@ def _figure(schedule: MixingSchedule) -> Figure:
     FigureCanvasAgg(figure)  # draws without a display
     figure.suptitle(f"{_title(schedule)}\nspectral gap {schedule.spectral_gap:.4f}", fontsize=13)
     for axes, round_index in zip(figure.subplots(rows, columns, squeeze=False).flat, rounds, strict=False):
-        _draw_round(axes, schedule, round_index, side)
-    for axes in figure.axes:
+        notes = [] if schedule.period == 1 else [f"round {round_index}"]
+        draw_mixing(axes, schedule.matrix(round_index).numpy(), schedule.topology, side=side, notes=notes)
+    for axes in figure.axes[len(rounds) :]:
         axes.set_axis_off()
     return figure
 
 
-def _draw_round(axes: Axes, schedule: MixingSchedule, round_index: int, side: float) -> None:
-    graph = _graph(schedule.matrix(round_index))
-    positions = _positions(schedule)
-    controls = np.array([_bezier(positions[i], positions[j], schedule.topology == "torus") for i, j in graph.edges])
+def draw_mixing(axes: Axes, mixing: np.ndarray, topology: str, *, side: float, notes: Sequence[str] = ()) -> None:
+    """Draw the agents and edges of one mixing matrix `(N, N)`; the title says `notes` and what the edges weigh.
+
+    `side` is about the length in inches of the panel's sides.
+    """
+    num_agents = len(mixing)
+    graph = _graph(mixing)
+    positions = _positions(topology, num_agents)
+    controls = np.array([_bezier(positions[i], positions[j], topology == "torus") for i, j in graph.edges])
     controls = controls.reshape(-1, 4, 2)  # keeps its shape without edges
     weights = np.array([weight for _, _, weight in graph.edges.data("weight")])
 
@@ -155,22 +161,22 @@ def _draw_round(axes: Axes, schedule: MixingSchedule, round_index: int, side: fl
     axes.set(xlim=window[:, 0], ylim=window[:, 1], aspect="equal")
     unit = 0.9 * 72 * side / (2.3 * reach)  # printer's points, somewhat fewer than the layout will give
 
-    closest = np.linalg.norm(positions[1] - positions[0]) if schedule.num_agents > 1 else 1.0
+    closest = np.linalg.norm(positions[1] - positions[0]) if num_agents > 1 else 1.0
     diameter = min(26.0, 0.75 * closest * unit)
     axes.scatter(*positions.T, s=diameter**2, color=AGENT_COLOR, edgecolors=LABEL_COLOR, linewidths=0.8, zorder=3)
-    if schedule.num_agents <= LABELED_AGENTS:
+    if num_agents <= LABELED_AGENTS:
         style = {"size": min(11.0, 0.5 * diameter), "color": LABEL_COLOR, "ha": "center", "va": "center_baseline"}
         for agent, position in enumerate(positions):
             axes.text(*position, str(agent), zorder=4, **style)
 
-    notes = [] if schedule.period == 1 else [f"round {round_index}"]
+    notes = list(notes)
     if len(weights):
         labeled = len(weights) <= LABELED_EDGES
         widths = np.full(len(weights), 1.5) if labeled else 0.3 + 1.7 * weights / weights.max()
         curves = [Curve(points, [Curve.MOVETO, Curve.CURVE4, Curve.CURVE4, Curve.CURVE4]) for points in controls]
-        axes.add_collection(
-            PathCollection(curves, facecolors="none", edgecolors=EDGE_COLOR, linewidths=widths, zorder=1)
-        )
+        alpha = max(0.3, min(1.0, 100 / len(weights)))  # many edges cross: where they are dense stays visible
+        style = {"facecolors": "none", "edgecolors": EDGE_COLOR, "linewidths": widths, "alpha": alpha, "zorder": 1}
+        axes.add_collection(PathCollection(curves, **style))
         if labeled:
             box = {"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none"}
             style = {"size": 9, "color": LABEL_COLOR, "ha": "center", "va": "center", "bbox": box}
@@ -182,15 +188,15 @@ def _draw_round(axes: Axes, schedule: MixingSchedule, round_index: int, side: fl
         else:
             notes.append(f"edges weigh {weights.min():.3g} (thin) to {weights.max():.3g} (thick)")
     axes.set_title(", ".join(notes), fontsize=11)
+    axes.set_axis_off()
 
 
-def _positions(schedule: MixingSchedule) -> np.ndarray:
+def _positions(topology: str, num_agents: int) -> np.ndarray:
     """Place agent 0 at the top of a circle and the others clockwise, or a grid row by row; `(N, 2)`."""
-    N = schedule.num_agents
-    if schedule.topology in ("grid", "torus"):
-        _, columns = grid_sides(N)
-        return np.array([(agent % columns, -(agent // columns)) for agent in range(N)], dtype=float)
-    angle = 2 * np.pi * np.arange(N) / N
+    if topology in ("grid", "torus"):
+        _, columns = grid_sides(num_agents)
+        return np.array([(agent % columns, -(agent // columns)) for agent in range(num_agents)], dtype=float)
+    angle = 2 * np.pi * np.arange(num_agents) / num_agents
     return np.stack([np.sin(angle), np.cos(angle)], axis=1)
 
 

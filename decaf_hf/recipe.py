@@ -45,7 +45,7 @@ _STEPS = "algorithm.rounds x algorithm.local_steps decide how long a run trains;
 _EVALUATION = "evaluation.every_rounds decides when agents are evaluated; leave it out"
 _CHECKPOINTS = "checkpoints are written every `checkpoint_rounds` rounds; leave it out"
 _LAST_ROUND = "a run ends with the adapters of its last round; leave it out"
-_HUB = "upload consensus/ and agents/ of the run folder afterwards; leave it out"
+_HUB = "the recipe's hub section says where to publish; leave it out"
 _ONE_PROCESS = "an agent lives in one process; leave it out"
 _COMMAND = "the command decides it; leave it out"
 
@@ -73,6 +73,7 @@ REFUSED = {
         "eval_steps": _EVALUATION,
         "eval_delay": _EVALUATION,
         "eval_on_start": _EVALUATION,
+        "eval_do_concat_batches": "every adapter is judged on whole data sets; leave it out",
         "batch_eval_metrics": "every adapter is judged on whole data sets; leave it out",
         "prediction_loss_only": "evaluation.metrics decides what is measured; leave it out",
         "fp16": "its loss scaler is shared by the agents of a process; use bf16",
@@ -328,6 +329,8 @@ class DataSection(_Section):
             )
         if partition.kind in ("dirichlet", "classes") and partition.by is None:
             partition.by = self.label
+        if self.text == "labels" and self.label != "labels":
+            raise _ConflictError("a column named labels is taken for the classes; rename it", "text")
         if self.test_source is not None and self.test_split is not None:
             raise _ConflictError(
                 "a split of data.source; set it or data.test_source, not both", "test_split", "test_source"
@@ -399,6 +402,26 @@ class EvaluationSection(_Section):
     )
 
 
+class HubSection(_Section):
+    """Where the adapters are published; nothing is without a repo_id."""
+
+    repo_id: Text | None = Field(None, description="USER/NAME on the Hub; null publishes nothing.")
+    private: bool = Field(True, description="Make new repositories private.")
+    layout: Literal["single", "per-agent"] = Field(
+        "single",
+        description="single: one repository, the consensus adapter at its root and the agents' under agents/; "
+        "per-agent: a repository for each agent and one for the consensus, tied by a collection.",
+    )
+    every_rounds: int | None = Field(
+        None, ge=1, description="Publish also every this many rounds; null: only at the end."
+    )
+    base_model_id: Text | None = Field(
+        None, description="Hub id of the base model, needed when model.name_or_path is a local folder or a package."
+    )
+    license: Text | None = Field(None, description="License of the adapters, as the Hub names it: apache-2.0, mit...")
+    language: list[Text] | None = Field(None, description="Languages of the texts, as ISO 639-1 codes.")
+
+
 class Recipe(_Section):
     """A decentralized LoRA run."""
 
@@ -424,6 +447,9 @@ class Recipe(_Section):
     )
     evaluation: EvaluationSection = Field(
         default_factory=EvaluationSection, description="What is measured, when, and on which texts."
+    )
+    hub: HubSection = Field(
+        default_factory=HubSection, description="Where the adapters are published; nothing is without a repo_id."
     )
 
     @property

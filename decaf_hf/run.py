@@ -1,7 +1,9 @@
 """One run from a recipe: everything that can be refused is refused first, then the folder is made and filled."""
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import transformers
@@ -10,17 +12,21 @@ from transformers import DataCollatorWithPadding
 from transformers.utils import logging as transformers_logging
 
 from . import checkpoint, exchange
-from .card import write_card
+from .card import loading_snippet, read_record, write_card
 from .config import DecentralizedConfig
 from .data import tokenize
 from .errors import DecafError
 from .exchange import Processes
 from .files import write_text
+from .hub import publish, publish_command
 from .metrics import classification_metrics
 from .partition import print_partition
-from .recipe import Recipe, read_recipe, resolved_yaml
+from .publication import base_model_id
+from .push import PushCallback
+from .recipe import HubSection, Recipe, read_recipe, resolved_yaml
+from .report import write_report
 from .sites import Sites, load_sites
-from .tasks import load_model, loading_snippet, lora_config
+from .tasks import load_model, lora_config
 from .trainer import DecentralizedTrainer
 
 
@@ -33,27 +39,54 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet:
     console = Console(quiet=quiet or not processes.is_main)
     folder = recipe.run_folder
     exchange.together(processes, lambda: _check_folder(folder, recipe, resume, overwrite))
+    if recipe.hub.repo_id is not None:
+        base_model_id(recipe.model.name_or_path, recipe.hub)  # refused now rather than after the training
     exchange.agree(processes, _flat(recipe.model_dump(exclude={"output_dir"})))
     sites = load_sites(recipe, processes)
     trainer = build_trainer(recipe, sites, processes)
     exchange.together(processes, lambda: _try_out(trainer))
     if processes.is_main:
         if overwrite and folder.exists():
-            shutil.rmtree(folder)
+            _empty(folder)
         write_text(folder / "recipe.yaml", resolved_yaml(recipe))
-        partition = {"labels": sites.labels, "training_samples": sites.table.tolist()}
+        partition = {
+            "labels": sites.labels,
+            "training_samples": sites.table.tolist(),
+            "held_out": sites.describe(recipe.evaluation.split),
+        }
         write_text(folder / "partition.json", json.dumps(partition, indent=2) + "\n")
     exchange.barrier(processes)
     print_partition(sites.table, sites.labels, console, sites.describe(recipe.evaluation.split))
     gap = trainer.schedule.spectral_gap
     console.print(f"{recipe.algorithm.name} on {trainer.schedule.topology}, spectral gap {gap:.3f}", highlight=False)
+    push = None
+    if recipe.hub.repo_id is not None and recipe.hub.every_rounds is not None:
+        push = PushCallback(trainer, recipe.hub, say=lambda text: print(text, file=sys.stderr, flush=True))
+        trainer.add_callback(push)
+    if resume:
+        console.print(f"resuming at {checkpoint.last_checkpoint(folder)}", highlight=False, soft_wrap=True)
     trainer.train(resume_from_checkpoint=resume)
     trainer.save_model()
     if processes.is_main:
-        write_card(folder, recipe, sites)
-        _say_end(console, recipe, trainer, sites)
+        write_report([folder], folder)
+        write_card(folder)
+        _say_end(console, recipe, trainer)
     exchange.barrier(processes)
+    if push is not None:
+        push.finish()
+    if processes.is_main and recipe.hub.repo_id is not None:
+        _publish(folder, recipe.hub, console)
     return trainer
+
+
+def _publish(folder: Path, hub: HubSection, console: Console) -> None:
+    try:
+        for address in publish(folder, hub):
+            console.print(f"published: {address}", highlight=False, soft_wrap=True)
+    except DecafError as error:
+        raise DecafError(
+            f"the run is complete in {folder}, but {error}; to publish it later: {publish_command(folder, hub)}"
+        ) from error
 
 
 def build_trainer(recipe: Recipe, sites: Sites, processes: Processes) -> DecentralizedTrainer:
@@ -135,6 +168,10 @@ def config_of(recipe: Recipe) -> DecentralizedConfig:
 
 
 def _check_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "cannot be written" if there.is_dir() else "is no folder"
+        raise DecafError(f"output_dir {str(folder)!r}: {there} {why}; choose another")
     if resume and overwrite:
         raise DecafError("--resume and --overwrite exclude each other")
     if resume:
@@ -151,6 +188,12 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -
             raise DecafError(f"--overwrite would remove {folder}, where the command runs; choose another output_dir")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DecafError(f"run folder {folder} exists; use --resume, --overwrite or another name")
+
+
+def _empty(folder: Path) -> None:
+    """Remove what is in a folder; the folder itself may be a link."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _flat(tree: dict, where: str = "recipe") -> dict[str, str]:
@@ -174,7 +217,7 @@ def _first_difference(before: dict, after: dict, where: str = "") -> str | None:
     return None
 
 
-def _say_end(console: Console, recipe: Recipe, trainer: DecentralizedTrainer, sites: Sites) -> None:
+def _say_end(console: Console, recipe: Recipe, trainer: DecentralizedTrainer) -> None:
     folder = recipe.run_folder
     scores = trainer.evaluation["consensus"]
     mean = trainer.evaluation["agents_mean"]
@@ -186,6 +229,6 @@ def _say_end(console: Console, recipe: Recipe, trainer: DecentralizedTrainer, si
         f"\nConsensus adapter: {folder / 'consensus'}, agents' adapters: {folder / 'agents'}. To load it:\n",
         soft_wrap=True,
     )
-    console.print(
-        loading_snippet(recipe, folder / "consensus", sites.labels), highlight=False, soft_wrap=True, markup=False
-    )
+    record = read_record(folder)
+    snippet = loading_snippet(record, base=record.base, adapter=str(folder / "consensus"))
+    console.print(snippet, highlight=False, soft_wrap=True, markup=False)

@@ -4,7 +4,7 @@ A process keeps the samples of the agents it hosts and no others. With `{agent}`
 the others' files.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from datasets import Dataset
@@ -27,13 +27,16 @@ class Sites:
     train: list[Dataset | None]
     held_out: dict[str, Dataset | list[Dataset | None]]  # "test" and, if asked for, "validation"
     table: np.ndarray  # (agents, labels) training samples
-    text: str = field(default="text")
+    text: str = "text"  # column with the text
+    test_source: str | None = None  # where the test set is from, if it was not taken off the agents' data
 
     def describe(self, part: str) -> str:
         """Say who judges on what."""
         data = self.held_out[part]
         if isinstance(data, list):
             return f"{part} set: a share of each agent's own data, seen by that agent alone"
+        if self.test_source is not None and part == "test":
+            return f"test set: {len(data)} texts of {self.test_source}, the same for every adapter"
         return f"{part} set: {len(data)} texts that no agent trains on, the same for every adapter"
 
 
@@ -45,6 +48,8 @@ def load_sites(recipe: Recipe, processes: Processes) -> Sites:
         parts, test, labels = _read_files(recipe, processes, hosted)
     else:
         parts, test, labels = exchange.together(processes, lambda: _read_and_divide(recipe, hosted))
+    if len(labels) < 2:
+        raise DecafError(f"the data has a single label, {labels[0]!r} (data.label); classification needs two or more")
     sites = exchange.together(processes, lambda: _hold_out(recipe, parts, test, labels))
     return _with_table(sites, processes, hosted)
 
@@ -109,6 +114,8 @@ def _read_and_divide(recipe: Recipe, hosted: range) -> tuple[list[Dataset | None
             test = {"test": test, "validation": validation}
     by = data.partition.by
     column = "labels" if by == data.label else by
+    if column is not None and by != data.label and column == "labels":
+        raise DecafError("data.partition.by: a column named 'labels' would be mistaken for the classes; rename it")
     if column is not None and column not in whole.column_names:
         raise DecafError(f"data.partition.by: no column {column!r}; the columns are {', '.join(whole.column_names)}")
     indices = partition(
@@ -128,7 +135,7 @@ def _hold_out(recipe: Recipe, parts: list[Dataset | None], test: object, labels:
     data = recipe.data
     if recipe.evaluation.on == "global":
         held_out = test if isinstance(test, dict) else {"test": test}
-        return Sites(labels, parts, held_out, np.empty(0), data.text)
+        return Sites(labels, parts, held_out, np.empty(0), data.text, data.test_source or data.test_split)
     held_out = {"test": [None] * len(parts)}
     train: list[Dataset | None] = [None] * len(parts)
     if data.validation_size:

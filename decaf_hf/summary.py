@@ -7,6 +7,8 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from .files import write_text
 from .rounds import read_metrics
 
@@ -14,6 +16,15 @@ if TYPE_CHECKING:
     from .trainer import DecentralizedMixin
 
 PACKAGES = ("decaf-hf", "torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "huggingface_hub")
+
+
+TRAINING = (
+    "learning_rate",
+    "lr_scheduler_type",
+    "optim",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+)
 
 
 def versions() -> dict[str, str]:
@@ -30,8 +41,14 @@ def git_commit() -> str | None:
     return answer.stdout.strip() or None
 
 
+def edges(mixing: Tensor) -> list[list[int | float]]:
+    """`[i, j, weight]` of each entry of a symmetric `(N, N)` that is not zero, with i <= j."""
+    return [[i, j, mixing[i, j].item()] for i, j in mixing.triu().nonzero().tolist()]
+
+
 def summarize(trainer: "DecentralizedMixin") -> dict[str, Any]:
-    """The contents of `summary.json`; payload_mib is what one agent sent in all rounds, seconds are process 0's."""
+    """The contents of `summary.json`; payload_mib is what one agent sent in all rounds, seconds are process 0's, edges
+    are round 1's."""
     args = trainer.args
     lines = read_metrics(Path(args.output_dir) / "metrics.jsonl")
     return {
@@ -40,9 +57,12 @@ def summarize(trainer: "DecentralizedMixin") -> dict[str, Any]:
         "weights": trainer.schedule.weights,
         "agents": args.num_agents,
         "spectral_gap": trainer.schedule.spectral_gap,
+        "edges": edges(trainer.schedule.matrix(1)),
         "rounds": trainer.state.global_step // args.local_steps,
         "local_steps": args.local_steps,
         "seed": args.seed,
+        "training": {name: _plain(getattr(args, name)) for name in TRAINING},
+        "num_labels": getattr(trainer.model.config, "num_labels", None),
         "processes": trainer.processes.count,
         "hosting": "batched" if trainer.hosting.batched else "turns",
         "eval": trainer.evaluation,
@@ -52,6 +72,10 @@ def summarize(trainer: "DecentralizedMixin") -> dict[str, Any]:
         "versions": versions(),
         "git_commit": git_commit(),
     }
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)
 
 
 def write_summary(folder: Path, trainer: "DecentralizedMixin") -> None:

@@ -17,6 +17,16 @@ from .errors import DecafError
 from .recipe import Recipe
 from .seeds import stream_seed
 
+AUTO_CLASSES = {  # PEFT's task type -> the class that loads its base model
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+    None: "AutoModel",
+}
+
 
 def model_location(recipe: Recipe) -> str:
     """The folder or Hub id behind `model.name_or_path`. Raises `DecafError` for a local path that is not there."""
@@ -48,6 +58,13 @@ def load_model(recipe: Recipe, labels: list[str]) -> tuple[PreTrainedModel, PreT
         with torch.random.fork_rng():
             torch.manual_seed(stream_seed(recipe.seed, "head"))
             model = AutoModelForSequenceClassification.from_pretrained(location, config=config, **options)
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise DecafError(
+            f"model.name_or_path: the head of {recipe.model.name_or_path!r} is not for {len(labels)} labels "
+            f"({', '.join(labels[:5])}{', ...' if len(labels) > 5 else ''}); name a base model without that head"
+        ) from error
     except (OSError, ValueError) as error:
         cause = " ".join(str(error).split())[:300]
         raise DecafError(f"model.name_or_path: cannot load {recipe.model.name_or_path!r}: {cause}") from error
@@ -66,16 +83,3 @@ def lora_config(recipe: Recipe) -> LoraConfig:
         return LoraConfig(task_type=TaskType.SEQ_CLS, **recipe.lora.model_dump())
     except (ValueError, TypeError) as error:
         raise DecafError(f"lora: {' '.join(str(error).split())}") from error
-
-
-def loading_snippet(recipe: Recipe, folder: Path, labels: list[str]) -> str:
-    """The lines of Python that load a saved adapter."""
-    options = {"num_labels": len(labels), "revision": recipe.model.revision, "dtype": recipe.model.dtype}
-    if recipe.model.trust_remote_code:
-        options["trust_remote_code"] = True
-    given = ", ".join(f"{name}={value!r}" for name, value in options.items() if value is not None)
-    return (
-        "from peft import PeftModel; from transformers import AutoModelForSequenceClassification\n"
-        f"base = AutoModelForSequenceClassification.from_pretrained({model_location(recipe)!r}, {given})\n"
-        f"model = PeftModel.from_pretrained(base, {str(folder)!r})"
-    )

@@ -28,8 +28,10 @@ from .algorithms import ALGORITHMS
 from .config import DecentralizedConfig
 from .errors import DecafError
 from .hosting import Hosting
+from .hub import publish
 from .mixing import MixingSchedule, complete_schedule, identity_schedule, mixing_schedule
 from .partition import partition
+from .recipe import HubSection
 from .rounds import Network, RoundCallback
 from .sampling import AgentMajorSampler
 from .seeds import graph_seed, stream_seed
@@ -279,7 +281,8 @@ class DecentralizedMixin:
         """
         if inputs is None:
             inputs = self._prepare_inputs(next(iter(self.get_train_dataloader())))
-        self.hosting.decide(self.model, inputs, self._loss_obstacle())
+        side = getattr(self.processing_class, "padding_side", "right")
+        self.hosting.decide(self.model, inputs, self._loss_obstacle(), side)
         if len(self.agents) > 1 and self.processes.is_main:
             way = "share each batch" if self.hosting.batched else "take turns"
             print(f"agents of one process {way}: {self.hosting.reason}", flush=True)
@@ -392,9 +395,31 @@ class DecentralizedMixin:
         save_adapter(folder / "consensus", self.network.consensus(everyone), config)
         write_summary(folder, self)
 
-    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: the Trainer's own would upload the checkpoints, optimizer state and all."""
-        raise DecafError("push_to_hub is not supported: save_model() and upload consensus/ and agents/ instead")
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        *,
+        token: str | None = None,
+        base_model_id: str | None = None,
+        license: str | None = None,
+    ) -> list[str]:
+        """Save, then publish the consensus and the agents' adapters to `args.hub_model_id` (or the output folder's
+        name), private unless `args.hub_private_repo` is False; the addresses, in process 0.
+
+        Optimizer state never leaves. `base_model_id` is needed when the base model was loaded from a folder. Raises
+        `DecafError`, in one line, for what must not leave and for what the Hub refuses.
+        """
+        self.save_model()
+        if not self.processes.is_main:
+            return []
+        folder = Path(self.args.output_dir)
+        hub = HubSection(
+            repo_id=self.args.hub_model_id or folder.resolve().name,
+            private=self.args.hub_private_repo is not False,
+            base_model_id=base_model_id,
+            license=license,
+        )
+        return publish(folder, hub, message=commit_message, token=token or self.args.hub_token)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.store_flos()

@@ -18,6 +18,12 @@ torch.testing.assert_close(torch.zeros(1), torch.zeros(1))  # its lazy imports c
 
 
 @pytest.fixture(autouse=True)
+def _no_report(monkeypatch):
+    """Drawing costs more than a tiny run; the runs that a module's fixtures make draw their report all the same."""
+    monkeypatch.setattr("decaf_hf.run.write_report", lambda folders, output: None)
+
+
+@pytest.fixture(autouse=True)
 def _left_alone():
     """No test inherits another's group of processes."""
     yield

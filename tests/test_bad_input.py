@@ -1,5 +1,6 @@
 """Promise 8: what cannot run is refused in one line with exit code 2, and nothing is left on disk."""
 
+import json
 import shutil
 
 import pytest
@@ -10,7 +11,7 @@ from decaf_hf import checkpoint, exchange
 from decaf_hf.errors import DecafError
 from decaf_hf.rounds import Network
 
-from . import tiny_recipe
+from . import tiny, tiny_recipe
 from .agents import run_agents
 from .tiny_recipe import command, owned_rows, tree, write_csv, write_recipe
 
@@ -340,3 +341,59 @@ def test_the_tiny_recipe_itself_is_no_bad_input(folder):
     assert (code, err) == (0, "")
     assert out.startswith("3 agents on 1 process")
     assert len(tiny_recipe.LABELS) == 3
+
+
+def test_a_head_of_another_size(folder):
+    write_csv(folder / "two.csv", [(tiny_recipe.words("art", i), ("a", "b")[i % 2], "x") for i in range(40)])
+    rows = ("data.source=two.csv", "data.text=text", "data.test_size=8")
+    tiny.bert(torch.float32).save_pretrained(folder / "model")  # with the head for three labels stored
+    refused(folder, *rows, named=("model.name_or_path", "2 labels (a, b)"))
+
+
+def test_a_single_label(folder):
+    write_csv(folder / "one.csv", [(tiny_recipe.words("art", i), "a", "x") for i in range(40)])
+    refused(folder, "data.source=one.csv", "data.test_size=8", named=("single label", "'a'", "data.label"))
+
+
+def test_labels_of_a_table_stay_as_they_are_written(folder):
+    for agent, labels in enumerate((("01", "02"), ("01", "x2"), ("02", "x2"))):
+        rows = [(tiny_recipe.words("art", i), labels[i % 2], "x") for i in range(20)]
+        write_csv(folder / f"site{agent}.csv", rows)
+    own = ("data.source=site{agent}.csv", "data.test_size=4", "evaluation.on=own", "algorithm.rounds=1")
+    assert command("train", "recipe.yaml", *own)[0] == 0
+    assert json.loads((folder / "run" / "partition.json").read_text(encoding="utf-8"))["labels"] == ["01", "02", "x2"]
+
+
+@pytest.mark.parametrize("place", ["afile/run", "/dev/null/run"])
+def test_an_output_dir_that_cannot_be(folder, place):
+    (folder / "afile").touch()
+    refused(folder, f"output_dir={place}", named=("output_dir", place, "choose another"))
+
+
+def test_columns_named_labels(folder):
+    (folder / "a.csv").write_text("labels,topic\n" + "x,a\ny,b\n" * 20, encoding="utf-8")
+    refused(folder, "data.source=a.csv", "data.text=labels", "data.label=topic", named=("data.text", "rename"))
+    (folder / "b.csv").write_text("text,labels,topic\n" + "x,1,a\ny,2,b\n" * 20, encoding="utf-8")
+    words = ("data.source=b.csv", "data.label=topic", "data.partition={kind: column, by: labels}")
+    refused(folder, *words, named=("data.partition.by", "rename"))
+
+
+def test_overwrite_through_a_link(folder):
+    (folder / "real").mkdir()
+    (folder / "link").symlink_to(folder / "real")
+    quick = ("output_dir=link", "algorithm.rounds=1", "algorithm.local_steps=1")
+    assert command("train", "recipe.yaml", *quick)[0] == 0
+    (folder / "real" / "old.txt").touch()
+    assert command("train", "recipe.yaml", "--overwrite", *quick)[0] == 0
+    assert (folder / "link").is_symlink()
+    assert (folder / "real" / "summary.json").exists()
+    assert not (folder / "real" / "old.txt").exists()
+
+
+def test_an_interrupted_run_says_how_to_go_on(folder, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("decaf_hf.trainer.DecentralizedMixin._check_finite", interrupt)
+    code, _, err = command("train", "recipe.yaml")
+    assert (code, err) == (130, "decaf: interrupted; go on with --resume\n")

@@ -51,7 +51,7 @@ def test_the_run_folder_holds_what_the_design_names(finished):
     names = {path.name for path in run.iterdir()}
     assert names == {
         "recipe.yaml", "metrics.jsonl", "summary.json", "partition.json", "consensus", "agents", "checkpoints",
-        "README.md",
+        "README.md", "report.html", "pictures",
     }  # fmt: skip
     assert sorted(path.name for path in (run / "agents").iterdir()) == ["0", "1", "2"]
     for name in ADAPTERS:

@@ -5,6 +5,7 @@ import statistics
 
 import pytest
 
+import decaf_hf.compare
 import decaf_hf.run
 from decaf_hf.compare import compare
 from decaf_hf.errors import DecafError
@@ -41,6 +42,7 @@ def runs(monkeypatch):
         write_text(recipe.run_folder / "recipe.yaml", resolved_yaml(recipe))
 
     monkeypatch.setattr(decaf_hf.run, "run", fake)
+    monkeypatch.setattr(decaf_hf.compare, "write_card", lambda folder: write_text(folder / "README.md", "card"))
     return done
 
 

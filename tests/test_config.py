@@ -21,6 +21,7 @@ from . import tiny
         ({"neftune_noise_alpha": 5.0}, "neftune_noise_alpha is not supported"),
         ({"ignore_data_skip": True}, "ignore_data_skip is not supported"),
         ({"batch_eval_metrics": True}, "batch_eval_metrics is not supported"),
+        ({"eval_do_concat_batches": False}, "eval_do_concat_batches=False is not supported"),
         ({"push_to_hub": True}, "push_to_hub is not supported"),
         ({"auto_find_batch_size": True}, "auto_find_batch_size is not supported"),
     ],
@@ -37,11 +38,6 @@ def test_a_second_run_does_not_write_into_the_checkpoints_of_the_first(tmp_path)
         tiny.trainer(tmp_path, save_strategy="steps").train()
     assert sorted(tmp_path.rglob("*")) == before
     tiny.trainer(tmp_path, save_strategy="steps").train(resume_from_checkpoint=True)
-
-
-def test_push_to_hub_would_upload_the_optimizer_state_and_is_refused(tmp_path):
-    with pytest.raises(DecafError, match="push_to_hub"):
-        tiny.trainer(tmp_path).push_to_hub()
 
 
 def test_evaluation_takes_one_set_for_all_or_each_agents_own(tmp_path):

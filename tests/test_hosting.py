@@ -260,3 +260,30 @@ def test_base_dropout_is_each_agents_own_on_any_number_of_processes(tmp_path):
     tiny.assert_same({agent: own for part in parts for agent, own in part.items()}, one, atol=1e-9)
     with pytest.raises(AssertionError):  # the dropout does something
         tiny.assert_same(tiny.adapters(trained(tmp_path / "off")), one, atol=1e-9)
+
+
+def test_padding_that_is_looked_at_is_found_on_a_batch_of_equal_lengths():
+    """GPT-2 counts positions from the left, padding included; a shared batch pads, separate ones do not."""
+    peft_model = add_agents(
+        tiny.gpt2(), tiny.lora(target_modules=["c_attn"], fan_in_fan_out=True), AGENTS, freeze_a=False
+    )
+    inputs = {"input_ids": torch.randint(4, 40, (6, 6)), "attention_mask": torch.ones(6, 6, dtype=torch.long)}
+    for side, batched in (("right", True), ("left", False)):
+        hosting = Hosting(peft_model, AGENTS, mode="auto", seed=0, base_dropout=False)
+        hosting.decide(peft_model.train(), inputs, None, side)
+        assert hosting.batched is batched, hosting.reason
+
+
+def test_a_base_that_cannot_be_silenced_is_refused():
+    class Noisy(BertForSequenceClassification):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = nn.functional.dropout(output.logits, 0.1, training=True)
+            return output
+
+    peft_model = add_agents(Noisy(tiny.bert().config).double(), tiny.lora(), AGENTS, freeze_a=False).train()
+    inputs = tiny.collate([row for agent in AGENTS for row in tiny.texts(ROWS, seed=agent)])
+    for mode in ("auto", "turns"):
+        hosting = Hosting(peft_model, AGENTS, mode=mode, seed=0, base_dropout=False)
+        with pytest.raises(DecafError, match="draws random numbers in training"):
+            hosting.decide(peft_model, inputs, None)

@@ -336,3 +336,10 @@ def test_a_matrix_file_read_as_edges_points_to_explicit(tmp_path):
     file = write_matrix(tmp_path / "mixing.txt", RING4)
     with pytest.raises(DecafError, match=r"mixing\.txt, line 1: .*network\.weights: explicit"):
         mixing_schedule(str(file), 4)
+
+
+def test_a_matrix_file_that_is_symmetric_but_for_rounding_has_the_same_edges_both_ways(tmp_path):
+    rows = torch.tensor([[0.5, 0.5, 0.0], [0.5, 0.0, 0.5], [5e-8, 0.5, 0.5 - 5e-8]], dtype=torch.float64)
+    np.save(tmp_path / "mixing.npy", rows.numpy())
+    matrix = read_matrix(tmp_path / "mixing.npy", 3)
+    assert torch.equal(matrix, matrix.mT)

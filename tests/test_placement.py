@@ -27,6 +27,14 @@ def test_batched_equals_turns(tmp_path, algorithm):
     tiny.assert_same(batched, turns, atol=1e-9)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_batched_equals_turns_where_layers_drop_out_by_a_function(tmp_path, checkpointing):
+    changes = {"lora_config": tiny.lora(target_modules=["q_proj", "v_proj"]), "gradient_checkpointing": checkpointing}
+    batched = trained(tmp_path / "batched", model=tiny.opt(), hosting="batched", **changes)
+    turns = trained(tmp_path / "turns", model=tiny.opt(), hosting="turns", **changes)
+    tiny.assert_same(batched, turns, atol=1e-9)
+
+
 @pytest.mark.agents
 @pytest.mark.parametrize("count", [2, 3])
 @pytest.mark.parametrize("algorithm", ["dlora", "dlora-fa", "decaf"])

@@ -254,9 +254,11 @@ def interrupted_and_not(processes, folder, changes):
         **changes,
     }
 
+    dtype = usual.pop("dtype", torch.float32)
+
     def trainer(name, **more):
         lora = tiny.lora(lora_dropout=0.3)
-        return tiny.trainer(f"{folder}/{name}", tiny.bert(torch.float32), lora, **usual, **more)
+        return tiny.trainer(f"{folder}/{name}", tiny.bert(dtype), lora, **usual, **more)
 
     whole = trainer("whole")
     whole.train()
@@ -284,9 +286,16 @@ def check_resumed(parts, folder):
     assert runs["cut"] == runs["whole"]
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_6_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, accumulation):
-    changes = {"gradient_accumulation_steps": accumulation}
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="adamw"),
+        pytest.param({"gradient_accumulation_steps": 2}, id="accumulation"),
+        # its state is float32 beside a bfloat16 head
+        pytest.param({"optim": "adafactor", "dtype": torch.bfloat16}, id="adafactor in bfloat16"),
+    ],
+)
+def test_6_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, changes):
     check_resumed([interrupted_and_not(None, tmp_path, changes)], tmp_path)
 
 

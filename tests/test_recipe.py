@@ -312,7 +312,7 @@ def test_fields_that_the_run_sets_are_refused_with_the_reason(write, section):
         ("training.save_steps", "checkpoint_rounds"),
         ("training.eval_strategy", "evaluation.every_rounds"),
         ("training.deepspeed", "an agent lives in one process"),
-        ("training.hub_token", "upload consensus/ and agents/"),
+        ("training.hub_token", "the recipe's hub section"),
         ("lora.task_type", "set by the run"),
     ],
 )

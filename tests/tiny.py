@@ -3,7 +3,14 @@
 import torch
 from datasets import Dataset
 from peft import LoraConfig, TaskType
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2ForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    OPTConfig,
+    OPTForSequenceClassification,
+)
 
 from decaf_hf import DecentralizedConfig, DecentralizedTrainer
 
@@ -32,6 +39,25 @@ def gpt2(dtype: torch.dtype = torch.float64) -> GPT2ForSequenceClassification:
         vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=16, num_labels=LABELS, pad_token_id=0
     )
     return GPT2ForSequenceClassification(config).to(dtype)
+
+
+def opt(dtype: torch.dtype = torch.float64) -> OPTForSequenceClassification:
+    """Its layers call dropout as a function, by their own flag and rates."""
+    torch.manual_seed(0)
+    config = OPTConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        word_embed_proj_dim=16,
+        ffn_dim=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=16,
+        num_labels=LABELS,
+        pad_token_id=0,
+        dropout=0.3,
+        attention_dropout=0.3,
+    )
+    return OPTForSequenceClassification(config).to(dtype)
 
 
 def texts(count: int, seed: int) -> Dataset:

@@ -78,7 +78,7 @@ def write_recipe(folder: Path, **sections: dict[str, Any]) -> Path:
         "evaluation": {"metrics": ["accuracy", "f1"]},
     }
     for name, section in sections.items():
-        recipe[name] = {**recipe[name], **section} if isinstance(section, dict) else section
+        recipe[name] = {**recipe.get(name, {}), **section} if isinstance(section, dict) else section
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path

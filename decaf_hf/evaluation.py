@@ -1,0 +1,291 @@
+"""Judging saved adapters again: those of a run folder or of a published repository, with confidence intervals.
+
+The adapters are loaded as any user of PEFT loads them, and judged by an ordinary Trainer with the settings of the
+run, so that on the run's own data the scores are those of its summary.json.
+"""
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+import numpy as np
+import torch
+from peft import PeftConfig, PeftModel
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import DataCollatorWithPadding, Trainer
+from transformers.utils import logging as transformers_logging
+
+from .adapters import CONSENSUS, agent_name, trainable
+from .algorithms import ALGORITHMS
+from .data import encode_labels, load_source, tokenize
+from .errors import DecafError
+from .exchange import Processes
+from .files import write_text
+from .metrics import classification_metrics, resampled_scores
+from .partition import MAX_AGENTS_SHOWN
+from .recipe import Recipe, read_recipe
+from .run import config_of
+from .sites import load_sites
+from .tasks import load_model
+
+PERCENTILES = (2.5, 97.5)
+
+
+class _Score(NamedTuple):
+    """A metric and the values it takes on bootstrap samples of the rows, `(resamples,)`."""
+
+    value: float
+    resampled: np.ndarray
+
+
+def evaluate_adapters(
+    folder: Path, *, recipe: Recipe | None = None, data: str | None = None, bootstrap: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """Score the consensus and every agent of a run folder, or of the snapshot of a published repository.
+
+    Judged are the held-out texts that the recipe names, or all rows of the source `data` (of a Hub data set those of
+    its split train). `recipe` takes the place of the one that lies with the adapters. Every score comes with the
+    percentiles 2.5 and 97.5 over `bootstrap` resamples of the rows. Raises `DecafError`; writes nothing.
+    """
+    if bootstrap < 1:
+        raise DecafError(f"bootstrap={bootstrap}; give at least 1 resample, as 1000")
+    if data is not None and "{agent}" in data:
+        raise DecafError(f"data {data!r} has {{agent}}; name one source, on which every adapter is judged")
+    consensus, records = _find(folder)
+    recipe = read_recipe(records / "recipe.yaml") if recipe is None else recipe
+    labels = _label_names(records / "partition.json")
+    recipe = _for_judging(recipe, labels, folder)
+    pooled = ALGORITHMS[recipe.algorithm.name].pooled
+    count = 1 if pooled else recipe.network.agents
+    if (folder / "agents" / str(count)).exists():
+        raise DecafError(f"the recipe has {count} agents, but there is {folder / 'agents' / str(count)}; take its own")
+    folders = {CONSENSUS: consensus}
+    folders.update({agent_name(agent): folder / "agents" / str(agent) for agent in range(count)})
+    tensors = {name: _read_adapter(name, place) for name, place in folders.items()}
+    parts = _held_out(recipe) if data is None else _all_rows(recipe, data, labels)
+
+    model, trainer, tokenizer = _trainer(recipe, labels, folders, tensors)
+
+    def tokens(part: datasets.Dataset) -> datasets.Dataset:
+        return tokenize(part, tokenizer, recipe.data.text, recipe.data.max_length)
+
+    def judge(name: str, part: datasets.Dataset, generator: np.random.Generator) -> dict[str, _Score]:
+        model.set_adapter(name)
+        output = trainer.predict(part)
+        predicted = np.argmax(output.predictions, axis=-1)
+        resampled = resampled_scores(predicted, output.label_ids, bootstrap, generator)
+        return {m: _Score(float(output.metrics[f"test_{m}"]), resampled[m]) for m in recipe.evaluation.metrics}
+
+    own = isinstance(parts, list)
+    parts = [tokens(part) for part in parts] if own else tokens(parts)
+    generator = np.random.default_rng(seed)
+    if own:
+        everywhere = [judge(CONSENSUS, part, generator) for part in parts]
+        on_consensus = _weighted(everywhere, [len(part) for part in parts])
+    else:
+        on_consensus = judge(CONSENSUS, parts, generator)
+    agents = [
+        # a stream that starts anew, so that an agent's interval does not depend on how many others there are
+        _with_interval(judge(agent_name(agent), parts[agent] if own else parts, np.random.default_rng(seed)))
+        for agent in range(count)
+    ]
+    return {
+        "on": "own" if own else "global",
+        "data": f"{recipe.evaluation.split} split" if data is None else data,
+        "samples": sum(len(part) for part in parts) if own else len(parts),
+        "bootstrap": {"resamples": bootstrap, "seed": seed, "percentiles": list(PERCENTILES)},
+        "consensus": _with_interval(on_consensus),
+        "agents": agents,
+        "agents_mean": {m: sum(scores[m]["value"] for scores in agents) / count for m in recipe.evaluation.metrics},
+        "agents_min": {m: min(scores[m]["value"] for scores in agents) for m in recipe.evaluation.metrics},
+    }
+
+
+def print_evaluation(result: dict[str, Any], console: Console) -> None:
+    """Print the scores of an evaluation as a table, the agents of a large network shortened."""
+    metrics = list(result["consensus"])
+    grid = Table()
+    grid.add_column("adapter")
+    for metric in metrics:
+        grid.add_column(metric, justify="right")
+    grid.add_row("consensus", *(_cell(result["consensus"][metric]) for metric in metrics))
+    grid.add_row("agents' mean", *(f"{result['agents_mean'][metric]:.3f}" for metric in metrics))
+    grid.add_row("agents' minimum", *(f"{result['agents_min'][metric]:.3f}" for metric in metrics))
+    grid.add_section()
+    for agent, scores in enumerate(result["agents"][:MAX_AGENTS_SHOWN]):
+        grid.add_row(f"agent {agent}", *(_cell(scores[metric]) for metric in metrics))
+    console.print(grid)
+    hidden = len(result["agents"]) - MAX_AGENTS_SHOWN
+    if hidden > 0:
+        console.print(Text(f"and {hidden} more agents"))
+    where = "each agent on its own share of them, " if result["on"] == "own" else ""
+    console.print(
+        Text(
+            f"{result['data']}: {result['samples']} texts, {where}in brackets the 95% interval over "
+            f"{result['bootstrap']['resamples']} bootstrap samples of the texts"
+        )
+    )
+
+
+def write_evaluation(folder: Path, result: dict[str, Any]) -> None:
+    """Write `evaluation.json` into a folder."""
+    write_text(folder / "evaluation.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
+
+
+def _cell(score: dict[str, float]) -> str:
+    return f"{score['value']:.3f} ({score['low']:.3f} to {score['high']:.3f})"
+
+
+def _find(folder: Path) -> tuple[Path, Path]:
+    """Where the consensus adapter lies, and where the recipe and the labels do."""
+    if (folder / CONSENSUS).is_dir():
+        return folder / CONSENSUS, folder
+    if (folder / "adapter_config.json").exists() or (folder / "adapter_model.safetensors").exists():
+        return folder, folder / "run"
+    raise DecafError(
+        f"{folder} is neither a finished run (no {CONSENSUS}/ in it) nor a published repository (no "
+        "adapter_config.json); give a run folder or a repository"
+    )
+
+
+def _label_names(path: Path) -> list[str]:
+    """The run's labels in the order in which its heads number them."""
+    try:
+        labels = json.loads(path.read_text(encoding="utf-8"))["labels"]
+    except FileNotFoundError:
+        raise DecafError(f"no such file: {path}; it says which label a number stands for") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DecafError(f"{path} is damaged ({type(error).__name__}); get it again") from error
+    if not labels or not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise DecafError(f"{path}: labels {labels!r} are not a list of names; get it again")
+    return labels
+
+
+def _for_judging(recipe: Recipe, labels: list[str], folder: Path) -> Recipe:
+    """The recipe with the run's labels and without what only a run that trains does."""
+    return recipe.model_copy(
+        update={
+            "output_dir": str(folder),  # a Trainer makes sure that it exists
+            "checkpoint_rounds": None,
+            "data": recipe.data.model_copy(update={"labels": labels}),
+            "evaluation": recipe.evaluation.model_copy(update={"every_rounds": None}),
+            "training": recipe.training.model_copy(update={"report_to": "none", "disable_tqdm": True}),
+        }
+    )
+
+
+def _read_adapter(name: str, folder: Path) -> dict[str, Tensor]:
+    """The tensors of a saved adapter. Raises `DecafError` naming the file, and the tensor that is not finite."""
+    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    for path in (config, weights):
+        if not path.is_file():
+            raise DecafError(f"no such file: {path} ({name}); the adapter is not whole, get it again")
+    try:
+        PeftConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DecafError(f"{config} is damaged: {_line(error)}; get it again") from error
+    try:
+        tensors = load_file(weights)
+    except (OSError, SafetensorError) as error:
+        raise DecafError(f"{weights} is damaged: {_line(error)}; get it again") from error
+    for tensor_name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise DecafError(f"{name}: tensor {tensor_name} in {weights} is not finite; train again or drop the agent")
+    return tensors
+
+
+def _held_out(recipe: Recipe) -> datasets.Dataset | list[datasets.Dataset]:
+    """What the run was judged on: one data set for all, or a list with each agent's own."""
+    held_out = load_sites(recipe, Processes()).held_out[recipe.evaluation.split]
+    if isinstance(held_out, list) and ALGORITHMS[recipe.algorithm.name].pooled:
+        return [datasets.concatenate_datasets(held_out)]
+    return held_out
+
+
+def _all_rows(recipe: Recipe, source: str, labels: list[str]) -> datasets.Dataset:
+    section = recipe.data
+    rows = load_source(
+        source,
+        text=section.text,
+        label=section.label,
+        encoding=section.encoding,
+        encoding_errors=section.encoding_errors,
+    )
+    return encode_labels(rows, section.label, labels)
+
+
+def _trainer(
+    recipe: Recipe, labels: list[str], folders: dict[str, Path], tensors: dict[str, dict[str, Tensor]]
+) -> tuple[PeftModel, Trainer, Any]:
+    """The base with all adapters, a Trainer that judges them, the tokenizer."""
+    args = config_of(recipe)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # the head that the base lacks comes with the adapters
+    transformers_logging.disable_progress_bar()
+    try:
+        base, tokenizer = load_model(recipe, labels)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    model = _load_adapters(base, folders, tensors)
+    trainer = Trainer(
+        model=model,
+        args=args,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=classification_metrics(recipe.evaluation.metrics),
+    )
+    return model, trainer, tokenizer
+
+
+def _load_adapters(base: nn.Module, folders: dict[str, Path], tensors: dict[str, dict[str, Tensor]]) -> PeftModel:
+    """Put saved adapters on their base. Raises `DecafError` where names or shapes are not those of the model."""
+    model = None
+    for name, folder in folders.items():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # missing tensors are refused below
+                if model is None:
+                    model = PeftModel.from_pretrained(base, str(folder), adapter_name=name)
+                else:
+                    model.load_adapter(str(folder), adapter_name=name)
+        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+            raise DecafError(f"{folder} does not fit the recipe's model: {_line(error)}") from error
+        expected = trainable(model, name)
+        different = sorted(expected.keys() ^ tensors[name].keys())
+        if different:
+            state = "lacks" if different[0] in expected else "has an unknown tensor"
+            raise DecafError(f"{folder / 'adapter_model.safetensors'} {state} {different[0]}; get it again")
+    return model
+
+
+def _weighted(parts: Sequence[dict[str, _Score]], counts: Sequence[int]) -> dict[str, _Score]:
+    """One score of several data sets, each sample counting once, as the run weighs the consensus."""
+    total = sum(counts)
+
+    def mean(values):
+        return sum(count * value for count, value in zip(counts, values, strict=True)) / total
+
+    return {
+        metric: _Score(mean([part[metric].value for part in parts]), mean([part[metric].resampled for part in parts]))
+        for metric in parts[0]
+    }
+
+
+def _with_interval(scores: dict[str, _Score]) -> dict[str, dict[str, float]]:
+    intervals = {metric: np.percentile(score.resampled, PERCENTILES) for metric, score in scores.items()}
+    return {
+        metric: {"value": score.value, "low": float(intervals[metric][0]), "high": float(intervals[metric][1])}
+        for metric, score in scores.items()
+    }
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

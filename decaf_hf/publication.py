@@ -1,0 +1,167 @@
+"""What of a run is published: the files of each repository, and what is looked at before anything is sent.
+
+Only named files are taken, so no checkpoint or optimizer state can slip in. The published recipe and adapter
+configurations name the base model by its Hub id and hold no path of this machine.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import get_token
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+
+from .card import Record, read_record, render_card
+from .errors import DecafError
+from .recipe import HubSection, resolved_yaml
+
+Files = dict[str, bytes | Path]  # path in the repository -> content, or the local file that holds it
+
+RUN_FILES = ("metrics.jsonl", "summary.json", "partition.json", "evaluation.json", "comparison.json")
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+# What a path of this machine looks like. A path relative to the run is no secret, and labels may contain slashes.
+_LOCAL_PATH = re.compile(
+    r"(?<![\w./:-])(?:/(?:home|Users|root|tmp|mnt|media|data|scratch|var|opt|srv|usr|work|Volumes)/[^\s\"'`),]*"
+    r"|[A-Za-z]:\\\\?[^\s\"'`),]+)"
+)
+_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
+
+
+def repositories(run: Path, hub: HubSection) -> dict[str, Files]:
+    """The files of each repository of a publication; the consensus' repository comes last, when the others are whole.
+
+    Raises `DecafError` naming what must not leave: a base model without Hub id, a local path, a token, a number that
+    is not finite.
+    """
+    record = read_record(run)
+    base = base_model_id(record.base, hub)
+    agents = sorted((int(folder.name) for folder in (run / "agents").iterdir()), key=int)
+    result: dict[str, Files] = {}
+    run_files = _run_files(record, base)
+    if hub.layout == "per-agent":
+        for agent in agents:
+            own = hub.model_copy(update={"repo_id": f"{hub.repo_id}-agent-{agent}"})
+            card = render_card(record, hub=own, base_model=base, agent=agent)
+            result[own.repo_id] = {
+                **_adapter(record, f"agents/{agent}", "", base),
+                **run_files,
+                "README.md": _utf8(card),
+            }
+    consensus = {**_adapter(record, "consensus", "", base), **run_files}
+    if hub.layout == "single":
+        for agent in agents:
+            consensus |= _adapter(record, f"agents/{agent}", f"agents/{agent}/", base)
+    result[hub.repo_id] = {**consensus, "README.md": _utf8(render_card(record, hub=hub, base_model=base))}
+    for files in result.values():
+        _check(run, files)
+    return result
+
+
+def base_model_id(base: str, hub: HubSection) -> str:
+    """The Hub id of the base model `base`. Raises `DecafError` where only a local folder or a package is known."""
+    given = hub.base_model_id or base
+    if hub.base_model_id is None and (not given or given.startswith("package:") or Path(given).expanduser().exists()):
+        raise DecafError(
+            f"the base model {given!r} is not on the Hub, so nobody could load the adapters; "
+            "name the same model's Hub id with --base-model-id or hub.base_model_id"
+        )
+    try:
+        validate_repo_id(given)
+    except HFValidationError:
+        raise DecafError(f"base model {given!r} is no Hub id; write NAME or USER/NAME") from None
+    return given
+
+
+def _run_files(record: Record, base: str) -> Files:
+    files: Files = {f"run/{name}": record.folder / name for name in RUN_FILES if (record.folder / name).exists()}
+    files |= {f"run/pictures/{path.name}": path for path in sorted((record.folder / "pictures").glob("*.png"))}
+    if record.recipe is not None:
+        recipe, data = record.recipe, record.recipe.data
+        network = recipe.network.model_copy(update={"topology": _without_folder(recipe.network.topology)})
+        public = {name: _without_folder(getattr(data, name)) for name in ("source", "test_source")}
+        recipe = recipe.model_copy(
+            update={
+                "output_dir": None,
+                "model": recipe.model.model_copy(update={"name_or_path": base}),
+                "data": data.model_copy(update=public),
+                "network": network,
+            }
+        )
+        files["run/recipe.yaml"] = _utf8(resolved_yaml(recipe))
+    return files
+
+
+def _adapter(record: Record, inside: str, where: str, base: str) -> Files:
+    """An adapter of the run as it is published below `where`."""
+    folder = record.folder / inside
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DecafError(f"{folder / CONFIG}: {error}") from None
+    config["base_model_name_or_path"] = base
+    if record.recipe is not None:
+        config["revision"] = record.recipe.model.revision
+    return {
+        f"{where}{CONFIG}": _utf8(json.dumps(config, indent=2, sort_keys=True)),
+        f"{where}{WEIGHTS}": folder / WEIGHTS,
+    }
+
+
+def _check(run: Path, files: Files) -> None:
+    token = get_token()
+    for name, content in files.items():
+        if name.endswith(".png"):
+            continue
+        if name.endswith(".safetensors"):
+            _check_finite(content)
+            continue
+        text = _read(content).decode("utf-8")
+        for kind, found in (("the local path", _LOCAL_PATH.search(text)), ("an access token", _TOKEN.search(text))):
+            if found:
+                shown = found[0] if kind == "the local path" else "hf_..."
+                raise DecafError(f"{run}: {name} holds {kind} {shown!r}; remove it before publishing")
+        if token is not None and token in text:
+            raise DecafError(f"{run}: {name} holds your access token; remove it before publishing")
+        if name.endswith((".json", ".jsonl")):
+            for line in [text] if name.endswith(".json") else text.splitlines():
+                _check_numbers(run, name, line)
+
+
+def _check_numbers(run: Path, name: str, text: str) -> None:
+    def refuse(number: str) -> Any:
+        raise DecafError(f"{run}: {name} holds {number}; only finite numbers are published")
+
+    try:
+        json.loads(text, parse_constant=refuse)
+    except ValueError as error:
+        raise DecafError(f"{run}: {name} is damaged: {error}") from None
+
+
+def _check_finite(path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                tensor = file.get_tensor(key)
+                if tensor.is_floating_point() and not math.isfinite(float(torch.sum(torch.abs(tensor.double())))):
+                    raise DecafError(f"{path}: {key} is not finite; such an adapter is not published")
+    except (OSError, SafetensorError) as error:
+        raise DecafError(f"{path} is damaged: {error}") from None
+
+
+def _without_folder(value: str | None) -> str | None:
+    """A local path that is absolute, by its name only."""
+    return Path(value).name if value is not None and value.startswith(("/", "~")) else value
+
+
+def _read(content: bytes | Path) -> bytes:
+    return content if isinstance(content, bytes) else content.read_bytes()
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8")
