@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from hosting import MEMORY_COLUMNS, TIME_COLUMNS
 from lowrank import COLUMNS
+from publish import COLUMNS as PUBLISH_COLUMNS
 from report import RESULTS, markdown
 
 from decaf_hf.compare import markdown as comparison_table
@@ -64,6 +65,8 @@ def tables() -> dict[str, str]:
     times = [row for row in hosting["rows"] if "way" in row]
     memory = [row for row in hosting["rows"] if "agents" in row]
     texts["hosting"] = f"{markdown(times, TIME_COLUMNS)}\n\n{markdown(memory, MEMORY_COLUMNS)}\n\n{where(hosting)}\n"
+    publication = json.loads((RESULTS / "publish.json").read_text())
+    texts["publish"] = f"{markdown(publication['rows'], PUBLISH_COLUMNS)}\n\n{where(publication)}\n"
     return texts
 
 

@@ -161,7 +161,7 @@ def _metadata(record: Record, hub: HubSection | None, base_model: str | None, ag
         known["eval_results"] = [
             EvalResult(
                 task_type=pipeline,
-                dataset_type=source if on_hub else "private",
+                dataset_type=source if on_hub else "local",
                 dataset_name=source if on_hub else _data_name(record),
                 dataset_split=recipe.evaluation.split if recipe is not None else None,
                 metric_type=name,

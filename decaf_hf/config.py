@@ -1,5 +1,6 @@
 """`DecentralizedConfig`: `TrainingArguments` and what a network of agents adds to them."""
 
+import logging
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -11,6 +12,14 @@ from .hosting import MODES
 from .lowrank import SPLITS
 
 PARTITIONS = ("iid", "dirichlet", "classes", "column")
+
+
+def _not_about_ddp(record: logging.LogRecord) -> bool:
+    # a group of processes without DDP is what we want; the advice to use DDP would mislead
+    return "parallel_mode != ParallelMode.DISTRIBUTED" not in record.getMessage()
+
+
+logging.getLogger("transformers.training_args").addFilter(_not_about_ddp)
 
 
 @dataclass
