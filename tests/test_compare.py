@@ -108,6 +108,15 @@ def test_numbers_of_the_json_and_of_the_table(recipe, runs, tmp_path, capsys):
     assert "decaf" in capsys.readouterr().out
 
 
+def test_each_run_learns_the_scores_of_the_others_for_its_card(recipe, runs, tmp_path):
+    comparison = compared(recipe, tmp_path / "out")
+    for algorithm in ("dlora", "decaf"):
+        folder = tmp_path / "out" / "runs" / algorithm / "seed-1"
+        told = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+        assert (told["arms"], told["metric"], told["seeds"]) == (comparison["arms"], "accuracy", [0, 1])
+        assert (folder / "README.md").exists()
+
+
 def test_a_second_call_runs_nothing(recipe, runs, tmp_path):
     first = compared(recipe, tmp_path / "out")
     before = tree(tmp_path / "out")

@@ -251,6 +251,29 @@ def test_the_cards_snippet_runs(hub, run):
     assert logits(names["model"]).shape == (6, 3)
 
 
+def test_evaluate_judges_a_repository_as_the_run_was_judged(hub, run, original, monkeypatch):
+    publish(run, HUB)
+    monkeypatch.chdir(original.parent)  # the published recipe names the texts without the folder of this machine
+    code, out, err = command("evaluate", "alice/tiny")
+    assert (code, err) == (0, "")
+    judged = json.loads((run / "summary.json").read_text(encoding="utf-8"))["eval"]
+    for who, scores in [("consensus", judged["consensus"]), ("agent 1", judged["agents"][1])]:
+        (row,) = (line for line in out.splitlines() if who in line)
+        assert f"{scores['accuracy']:.3f} (" in row
+        assert f"{scores['f1']:.3f} (" in row
+    for name, reason in (("alice/none", "is not there"), ("a/b/c", "neither a run folder nor a repository")):
+        code, _, err = command("evaluate", name)
+        assert (code, len(err.splitlines()), reason in err) == (2, 1, True), err
+
+
+def test_intervals_of_evaluate_reach_the_card(hub, run):
+    assert command("evaluate", run)[0] == 0
+    interval = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["consensus"]["accuracy"]
+    publish(run, HUB)
+    for card in ((run / "README.md").read_text(encoding="utf-8"), hub.files("alice/tiny")["README.md"].decode()):
+        assert f"{interval['low']:.3f} to {interval['high']:.3f}" in card
+
+
 def test_hf_downloads_it(hub, run, tmp_path):
     publish(run, HUB)
     words = [sys.executable, "-m", "huggingface_hub.cli.hf", "download", "alice/tiny", "--local-dir", tmp_path / "got"]
