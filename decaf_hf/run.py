@@ -1,12 +1,15 @@
 """One run from a recipe: everything that can be refused is refused first, then the folder is made and filled."""
 
+import contextlib
 import json
 import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import transformers
+from filelock import FileLock, Timeout
 from rich.console import Console
 from transformers import DataCollatorWithPadding
 from transformers.utils import logging as transformers_logging
@@ -45,6 +48,27 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet:
     sites = load_sites(recipe, processes)
     trainer = build_trainer(recipe, sites, processes)
     exchange.together(processes, lambda: _try_out(trainer))
+    with contextlib.ExitStack() as held:
+        exchange.together(processes, lambda: held.enter_context(_held(folder)) if processes.is_main else None)
+        exchange.together(processes, lambda: _check_folder(folder, recipe, resume, overwrite))  # as it is by now
+        _train(recipe, trainer, sites, processes, console, resume=resume, overwrite=overwrite)
+    if processes.is_main and recipe.hub.repo_id is not None:
+        _publish(folder, recipe.hub, console)
+    return trainer
+
+
+def _train(
+    recipe: Recipe,
+    trainer: DecentralizedTrainer,
+    sites: Sites,
+    processes: Processes,
+    console: Console,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    """Fill the run folder."""
+    folder = recipe.run_folder
     if processes.is_main:
         if overwrite and folder.exists():
             _empty(folder)
@@ -65,18 +89,34 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet:
         trainer.add_callback(push)
     if resume:
         console.print(f"resuming at {checkpoint.last_checkpoint(folder)}", highlight=False, soft_wrap=True)
-    trainer.train(resume_from_checkpoint=resume)
-    trainer.save_model()
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+        trainer.save_model()
+    finally:
+        if push is not None:
+            push.finish()
     if processes.is_main:
         write_report([folder], folder)
         write_card(folder)
         _say_end(console, recipe, trainer)
     exchange.barrier(processes)
-    if push is not None:
-        push.finish()
-    if processes.is_main and recipe.hub.repo_id is not None:
-        _publish(folder, recipe.hub, console)
-    return trainer
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Keep a second run out of the folder while this one lives; the lock of a killed run is free again."""
+    place = folder.resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(place.with_name(f".{place.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise DecafError(f"another run is writing {folder}; wait for its end or choose another output_dir") from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def _publish(folder: Path, hub: HubSection, console: Console) -> None:
