@@ -46,7 +46,7 @@ test: install  ## the tests that CI runs
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow"
 
 test-slow: install  ## the others
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -n 2 -m slow
 
 recipes: install  ## two steps of every recipe on a tiny model
 	$(BIN)/python -m pytest -q tests/test_house.py -k recipe

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .lowrank import LoraFactors, product_gram, product_norm, refactor, stack_products, truncated_svd
+from .lowrank import LoraFactors, product_gram, product_norm, refactor, stack_products, suited_threads, truncated_svd
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,13 @@ def average_products(
     for layers in layers_by_shape(own):
         previous = stack_layers(own, layers)
         L, R = _mean_product(layers, senders, weights)
-        svd = truncated_svd(L, R, previous.A.shape[-2])
-        kept = kept + svd.S.double().square().sum().cpu()
-        discarded = discarded + svd.discarded.double().square().sum().cpu()
-        # The factors leave the scaling out again; it is one number per group (layers_by_shape).
-        svd = svd._replace(S=svd.S / own.scaling[layers[0]])
-        mixed = refactor(svd, previous, split=split, align=align)
+        with suited_threads(L, R):
+            svd = truncated_svd(L, R, previous.A.shape[-2])
+            kept = kept + svd.S.double().square().sum().cpu()
+            discarded = discarded + svd.discarded.double().square().sum().cpu()
+            # The factors leave the scaling out again; it is one number per group (layers_by_shape).
+            svd = svd._replace(S=svd.S / own.scaling[layers[0]])
+            mixed = refactor(svd, previous, split=split, align=align)
         for index, layer in enumerate(layers):
             pair = own.factors[layer]
             factors[layer] = LoraFactors(mixed.A[index].to(pair.A.dtype), mixed.B[index].to(pair.B.dtype))

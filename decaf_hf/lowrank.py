@@ -8,13 +8,15 @@ Source: DeCAF, https://arxiv.org/abs/2505.21382. What the paper leaves open (how
 factors) is a named option here.
 """
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+SMALL = 2**18  # entries of one matrix: 4096 x 64
 SPLITS = ("sqrt", "us_v", "row_norms")
 
 
@@ -113,6 +115,21 @@ def procrustes(factors: LoraFactors, previous: LoraFactors) -> Tensor:
     overlap = _unit(factors.B).mT @ _unit(previous.B) + _unit(factors.A) @ _unit(previous.A).mT
     U, _, Vh = torch.linalg.svd(overlap)
     return U @ Vh
+
+
+@contextlib.contextmanager
+def suited_threads(*stacks: Tensor) -> Iterator[None]:
+    """One thread for small matrices on a CPU: LAPACK loses more by waking the others than it gains from them."""
+    threads = torch.get_num_threads()
+    small = all(not stack.is_cuda and stack.shape[-2] * stack.shape[-1] < SMALL for stack in stacks)
+    if not small or threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def product_norm(L: Tensor, R: Tensor) -> Tensor:

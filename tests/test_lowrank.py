@@ -13,6 +13,7 @@ from decaf_hf.lowrank import (
     product_norm,
     refactor,
     stack_products,
+    suited_threads,
     truncated_svd,
 )
 
@@ -222,3 +223,19 @@ def test_norm_and_gram_equal_the_dense_ones(count, layers, seed):
     updates = [(s * factor.B @ factor.A).flatten() for factor, s in zip(factors, scalings, strict=True)]
     expected = torch.stack([torch.stack([x @ y for y in updates]) for x in updates])
     torch.testing.assert_close(product_gram(factors, scalings), expected, rtol=0, atol=1e-9 * expected.max().item())
+
+
+def test_small_matrices_get_one_thread_and_large_ones_all():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with suited_threads(torch.zeros(12, 384, 24), torch.zeros(12, 24, 384)):
+            assert torch.get_num_threads() == 1
+        assert torch.get_num_threads() == 2
+        with suited_threads(torch.zeros(384, 24), torch.zeros(1024, 1024)):
+            assert torch.get_num_threads() == 2
+        with pytest.raises(ZeroDivisionError), suited_threads(torch.zeros(2, 2)):
+            raise ZeroDivisionError
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
