@@ -4,6 +4,7 @@ The same template describes a run folder and a repository on the Hub; they diffe
 is known of the base model's id.
 """
 
+import html
 import importlib.resources
 import json
 from dataclasses import dataclass
@@ -19,6 +20,15 @@ from .rounds import read_metrics
 from .tasks import AUTO_CLASSES, model_location
 
 PIPELINES = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation", "TOKEN_CLS": "token-classification"}
+
+
+PICTURES = ("graph", "scores", "loss", "consensus", "partition", "cost")
+NEEDED = {  # what a card cannot do without
+    "summary.json": ("algorithm", "agents", "rounds", "eval", "training", "base_model_is_local", "versions"),
+    "partition.json": ("labels", "training_samples", "held_out", "source_on_hub"),
+    "evaluation.json": ("consensus", "agents", "samples"),
+    "comparison.json": ("arms", "metric", "seeds"),
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +64,7 @@ def read_record(folder: Path) -> Record:
     return Record(
         folder=folder,
         summary=_json(folder / "summary.json"),
-        rounds=read_metrics(folder / "metrics.jsonl"),
+        rounds=_rounds(folder / "metrics.jsonl"),
         adapter=_json(folder / "consensus" / "adapter_config.json"),
         recipe=read_recipe(recipe) if recipe.exists() else None,
         partition=_optional(folder / "partition.json"),
@@ -87,6 +97,7 @@ def render_card(
         card = ModelCard.from_template(
             _metadata(record, hub, base_model, agent),
             template_path=str(path),
+            labels=[_cell(label) for label in record.partition["labels"]] if record.partition else [],
             record=record,
             summary=record.summary,
             recipe=record.recipe,
@@ -94,7 +105,7 @@ def render_card(
             last=record.rounds[-1] if record.rounds else None,
             judged=_judged(record),
             baselines=_baselines(record),
-            pictures=sorted(path.name for path in (record.folder / "pictures").glob("*.png")),
+            pictures=[path.name for path in pictures(record.folder)],
             files="run/" if published else "",
             hub=hub,
             agent=agent,
@@ -103,6 +114,11 @@ def render_card(
             snippet=snippet,
         )
     return str(card)
+
+
+def pictures(folder: Path) -> list[Path]:
+    """The pictures of a run's own report; one of several runs leaves others beside them."""
+    return [path for name in PICTURES if (path := folder / "pictures" / f"{name}.png").exists()]
 
 
 def round_tag(record: Record) -> str:
@@ -144,7 +160,7 @@ def _metadata(record: Record, hub: HubSection | None, base_model: str | None, ag
     summary, recipe = record.summary, record.recipe
     pipeline = PIPELINES.get(record.adapter["task_type"])
     source = recipe.data.source if recipe is not None else None
-    on_hub = source is not None and _is_dataset_id(source)
+    on_hub = bool(record.partition and record.partition["source_on_hub"])
     known = {
         "pipeline_tag": pipeline,
         "base_model": base_model,
@@ -177,6 +193,11 @@ def _metadata(record: Record, hub: HubSection | None, base_model: str | None, ag
     )
 
 
+def _cell(text: str) -> str:
+    """A label in a Markdown table: no bar ends the cell, no line the row, no tag is taken for HTML."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|").replace("`", "'")
+
+
 def _judged(record: Record, agent: int | None = None) -> dict[str, dict[str, float]] | None:
     """Metric -> value (and low, high where `decaf evaluate` was run) of the consensus or of an agent."""
     for scores in (record.evaluation, record.summary["eval"]):
@@ -196,8 +217,11 @@ def _data_name(record: Record) -> str:
     return source if source.startswith("package:") else Path(source).name or source
 
 
-def _is_dataset_id(source: str) -> bool:
-    return source.count("/") <= 1 and not source.startswith(("package:", ".", "/", "~")) and not Path(source).exists()
+def _rounds(path: Path) -> list[dict[str, Any]]:
+    try:
+        return read_metrics(path)
+    except UnicodeDecodeError as error:
+        raise DecafError(f"{path} is damaged: {error}") from None
 
 
 def _optional(path: Path) -> dict[str, Any] | None:
@@ -206,7 +230,13 @@ def _optional(path: Path) -> dict[str, Any] | None:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        lacks = [name for name in NEEDED.get(path.name, ()) if name not in content]
+        if not isinstance(content, dict) or lacks:
+            raise DecafError(f"{path} lacks {lacks[0] if lacks else 'its keys'}; run the recipe again")
+        return content
+    except DecafError:
+        raise
     except OSError as error:
         raise DecafError(f"{path}: {error.strerror or error}; is this the folder of a finished run?") from None
     except ValueError as error:

@@ -121,8 +121,9 @@ def _report(options: argparse.Namespace, _: list[str]) -> int:
     from .report import write_report
 
     folders = [Path(run) for run in options.runs]
-    if options.output is None and len(folders) > 1:
-        raise DecafError("a report of several runs needs --output FOLDER")
+    own = {folder.resolve() for folder in folders}
+    if len(folders) > 1 and (options.output is None or Path(options.output).resolve() in own):
+        raise DecafError("a report of several runs needs --output FOLDER, another than theirs")
     print(write_report(folders, Path(options.output) if options.output is not None else folders[0]))
     return 0
 

@@ -127,6 +127,13 @@ def load_source(
     return dataset
 
 
+def is_hub_source(source: str) -> bool:
+    """Whether `source` names a data set on the Hub: no package, no file per agent, nothing on this disk."""
+    if source.startswith("package:") or "{agent}" in source:
+        return False
+    return _local_files(source, Path(expanduser(source))) is None
+
+
 def _local_files(source: str, path: Path) -> Path | list[Path] | None:
     """What `source` is on this disk: a folder of folders of texts, a list of files, or None for a Hub name."""
     if path.is_dir():

@@ -60,7 +60,13 @@ def evaluate_adapters(
     if data is not None and "{agent}" in data:
         raise DecafError(f"data {data!r} has {{agent}}; name one source, on which every adapter is judged")
     consensus, records = _find(folder)
-    recipe = read_recipe(records / "recipe.yaml") if recipe is None else recipe
+    if recipe is None:
+        recipe = read_recipe(records / "recipe.yaml")
+        if recipe.model.trust_remote_code:  # the adapters may be a stranger's
+            raise DecafError(
+                f"{records / 'recipe.yaml'} asks to run code that comes with {recipe.model.name_or_path!r} "
+                "(model.trust_remote_code); if you trust it, give a recipe of your own with --recipe"
+            )
     labels = _label_names(records / "partition.json")
     recipe = _for_judging(recipe, labels, folder)
     pooled = ALGORITHMS[recipe.algorithm.name].pooled

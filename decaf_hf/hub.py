@@ -8,6 +8,8 @@ nothing.
 import contextlib
 import hashlib
 import json
+import math
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -57,16 +59,16 @@ def publish(run: Path, hub: HubSection, *, message: str | None = None, token: st
     cannot do; both are one line.
     """
     assert hub.repo_id is not None
+    token = token.strip() if token is not None else None
     api = HfApi(token=token)
     with _timeouts():
         try:
             hub = hub.model_copy(update={"repo_id": _full_name(api, hub.repo_id)})
-            wanted = repositories(run, hub)
+            wanted = repositories(run, hub, token)
             tag = round_tag(read_record(run))
-            addresses = [
-                _publish_one(api, name, files, hub.private, tag, message or f"Adapters of {tag}")
-                for name, files in wanted.items()
-            ]
+            addresses = [_ready(api, name, hub.private) for name in wanted]  # all of them before anything is sent
+            for name, files in wanted.items():
+                _publish_one(api, name, files, tag, message or f"Adapters of {tag}")
             if hub.layout == "per-agent":
                 addresses.append(_collect(api, hub, list(wanted)))
         except OfflineModeIsEnabled:
@@ -76,11 +78,11 @@ def publish(run: Path, hub: HubSection, *, message: str | None = None, token: st
 
 def publish_command(run: Path, hub: HubSection) -> str:
     """The command that publishes a run folder later."""
-    words = ["decaf publish", str(run), "--repo-id", hub.repo_id]
+    words = ["decaf", "publish", str(run), "--repo-id", hub.repo_id]
     words += ["--layout", hub.layout] if hub.layout != "single" else []
     words += [] if hub.private else ["--public"]
     words += ["--base-model-id", hub.base_model_id] if hub.base_model_id else []
-    return " ".join(words)
+    return shlex.join(words)
 
 
 def local_folder(run_or_repo: str) -> Path:
@@ -106,18 +108,29 @@ def _full_name(api: HfApi, repo_id: str) -> str:
     return f"{_patiently('asking who you are', lambda: api.whoami()['name'])}/{repo_id}"
 
 
-def _publish_one(api: HfApi, repo_id: str, files: Files, private: bool, tag: str, message: str) -> str:
-    """One repository: made if missing, one commit if anything differs, then the tag."""
+def _ready(api: HfApi, repo_id: str, private: bool) -> str:
+    """Make a repository if it is missing; its address. Raises `PublishingError` for one that is not ours to fill."""
     url = _patiently(f"creating {repo_id}", lambda: api.create_repo(repo_id, private=private, exist_ok=True))
-    if private and not _patiently(f"reading {repo_id}", lambda: api.repo_info(repo_id)).private:
-        raise PublishingError(f"{repo_id} exists and is public; publish with --public or choose another repository")
+    there = _patiently(f"reading {repo_id}", lambda: api.repo_info(repo_id))
+    if bool(there.private) != private:
+        found, way = ("private", "without --public") if there.private else ("public", "with --public")
+        raise PublishingError(f"{repo_id} exists and is {found}; publish {way} or choose another repository")
+    names = {file.rfilename for file in there.siblings or []} - {".gitattributes", "README.md"}
+    if names and "run/summary.json" not in names:
+        raise PublishingError(
+            f"{repo_id} holds other files ({min(names)}) and no earlier publication; choose another repository"
+        )
+    return str(url)
+
+
+def _publish_one(api: HfApi, repo_id: str, files: Files, tag: str, message: str) -> None:
+    """Bring one repository to its files in one commit, if anything differs, then set the tag."""
     commit = _commit(api, repo_id, files, message)
     if _differences(files, _tree(api, repo_id, commit)):
         raise PublishingError(f"{repo_id}: what the Hub holds differs from the run; publish again")
     _patiently(
         f"tagging {repo_id}; the files are there, the tag {tag} is not", lambda: _tag(api, repo_id, tag, commit)
     )
-    return str(url)
 
 
 def _commit(api: HfApi, repo_id: str, files: Files, message: str) -> str:
@@ -227,9 +240,10 @@ def _status(error: BaseException) -> int | None:
 def _asked_to_wait(error: BaseException) -> float | None:
     answer = _response(error)
     try:
-        return float(answer.headers["Retry-After"])
+        seconds = float(answer.headers["Retry-After"])
     except (AttributeError, KeyError, ValueError):
         return None
+    return seconds if 0 <= seconds < math.inf else None
 
 
 def _why(error: BaseException, status: int | None) -> str:

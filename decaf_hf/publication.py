@@ -16,7 +16,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from .card import Record, read_record, render_card
+from .card import Record, pictures, read_record, render_card
 from .errors import DecafError
 from .recipe import HubSection, resolved_yaml
 
@@ -26,22 +26,26 @@ RUN_FILES = ("metrics.jsonl", "summary.json", "partition.json", "evaluation.json
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 # What a path of this machine looks like. A path relative to the run is no secret, and labels may contain slashes.
+_ROOTS = (
+    "home|Users|users|root|tmp|mnt|media|data|scratch|var|opt|srv|usr|work|workspace|content|Volumes|private|nfs|net|gpfs"
+    "|lustre|dbfs|projects?|shared?|app|code"
+)
+_REST = r"[^\s\"'`),]"
 _LOCAL_PATH = re.compile(
-    r"(?<![\w./:-])(?:/(?:home|Users|root|tmp|mnt|media|data|scratch|var|opt|srv|usr|work|Volumes)/[^\s\"'`),]*"
-    r"|[A-Za-z]:\\\\?[^\s\"'`),]+)"
+    rf"(?<![\w:/.-])(?:/(?:{_ROOTS})/{_REST}*|~/{_REST}+|[A-Za-z]:[\\/]+\w{_REST}*|\\\\[\w.-]+\\{_REST}+)|file://{_REST}+"
 )
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
 
 
-def repositories(run: Path, hub: HubSection) -> dict[str, Files]:
+def repositories(run: Path, hub: HubSection, token: str | None = None) -> dict[str, Files]:
     """The files of each repository of a publication; the consensus' repository comes last, when the others are whole.
 
     Raises `DecafError` naming what must not leave: a base model without Hub id, a local path, a token, a number that
     is not finite.
     """
     record = read_record(run)
-    base = base_model_id(record.base, hub)
-    agents = sorted((int(folder.name) for folder in (run / "agents").iterdir()), key=int)
+    base = base_model_id(record.base, hub, local=record.summary["base_model_is_local"])
+    agents = range(1 if record.summary["algorithm"] == "centralized" else record.summary["agents"])
     result: dict[str, Files] = {}
     run_files = _run_files(record, base)
     if hub.layout == "per-agent":
@@ -59,14 +63,17 @@ def repositories(run: Path, hub: HubSection) -> dict[str, Files]:
             consensus |= _adapter(record, f"agents/{agent}", f"agents/{agent}/", base)
     result[hub.repo_id] = {**consensus, "README.md": _utf8(render_card(record, hub=hub, base_model=base))}
     for files in result.values():
-        _check(run, files)
+        _check(run, files, token or get_token())
     return result
 
 
-def base_model_id(base: str, hub: HubSection) -> str:
-    """The Hub id of the base model `base`. Raises `DecafError` where only a local folder or a package is known."""
+def base_model_id(base: str, hub: HubSection, *, local: bool) -> str:
+    """The Hub id of the base model `base`; `local` says whether the run read it from a folder or a package.
+
+    Raises `DecafError` where that is all that is known.
+    """
     given = hub.base_model_id or base
-    if hub.base_model_id is None and (not given or given.startswith("package:") or Path(given).expanduser().exists()):
+    if hub.base_model_id is None and (local or not given):
         raise DecafError(
             f"the base model {given!r} is not on the Hub, so nobody could load the adapters; "
             "name the same model's Hub id with --base-model-id or hub.base_model_id"
@@ -80,7 +87,7 @@ def base_model_id(base: str, hub: HubSection) -> str:
 
 def _run_files(record: Record, base: str) -> Files:
     files: Files = {f"run/{name}": record.folder / name for name in RUN_FILES if (record.folder / name).exists()}
-    files |= {f"run/pictures/{path.name}": path for path in sorted((record.folder / "pictures").glob("*.png"))}
+    files |= {f"run/pictures/{path.name}": path for path in pictures(record.folder)}
     if record.recipe is not None:
         recipe, data = record.recipe, record.recipe.data
         network = recipe.network.model_copy(update={"topology": _without_folder(recipe.network.topology)})
@@ -113,8 +120,7 @@ def _adapter(record: Record, inside: str, where: str, base: str) -> Files:
     }
 
 
-def _check(run: Path, files: Files) -> None:
-    token = get_token()
+def _check(run: Path, files: Files, token: str | None) -> None:
     for name, content in files.items():
         if name.endswith(".png"):
             continue
@@ -139,7 +145,7 @@ def _check_numbers(run: Path, name: str, text: str) -> None:
 
     try:
         json.loads(text, parse_constant=refuse)
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise DecafError(f"{run}: {name} is damaged: {error}") from None
 
 

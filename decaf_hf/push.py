@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 
 from transformers import TrainerCallback
 
-from .card import write_card
-from .errors import DecafError
 from .hub import publish
 from .recipe import HubSection
 
@@ -30,6 +28,13 @@ class PushCallback(TrainerCallback):
         self.push: Future[None] | None = None  # the one that is under way or was last
 
     def on_step_end(self, args, state, control, **kwargs):
+        if not control.should_evaluate:  # else the round's scores are still to come
+            self._push(args, state)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self._push(args, state)
+
+    def _push(self, args, state) -> None:
         if state.global_step % (args.local_steps * self.hub.every_rounds) or state.global_step >= state.max_steps:
             return
         round_index = state.global_step // args.local_steps
@@ -43,7 +48,6 @@ class PushCallback(TrainerCallback):
             return
         for name in ("recipe.yaml", "partition.json", "metrics.jsonl"):
             shutil.copyfile(self.run / name, snapshot / name)
-        write_card(snapshot)
         self.push = self.thread.submit(self._publish, snapshot, round_index)
 
     def finish(self) -> None:
@@ -55,5 +59,5 @@ class PushCallback(TrainerCallback):
         try:
             address = publish(snapshot, self.hub)[0]
             self.say(f"round {round_index} is published: {address}")
-        except DecafError as error:
+        except Exception as error:  # whatever it is, the training goes on
             self.say(f"round {round_index} is not published: {error}; training goes on")

@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from . import checkpoint, exchange
 from .card import loading_snippet, read_record, write_card
 from .config import DecentralizedConfig
-from .data import tokenize
+from .data import is_hub_source, tokenize
 from .errors import DecafError
 from .exchange import Processes
 from .files import write_text
@@ -29,7 +29,7 @@ from .push import PushCallback
 from .recipe import HubSection, Recipe, read_recipe, resolved_yaml
 from .report import write_report
 from .sites import Sites, load_sites
-from .tasks import load_model, lora_config
+from .tasks import load_model, lora_config, model_location
 from .trainer import DecentralizedTrainer
 
 
@@ -43,7 +43,8 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet:
     folder = recipe.run_folder
     exchange.together(processes, lambda: _check_folder(folder, recipe, resume, overwrite))
     if recipe.hub.repo_id is not None:
-        base_model_id(recipe.model.name_or_path, recipe.hub)  # refused now rather than after the training
+        local = Path(model_location(recipe)).is_dir()
+        base_model_id(recipe.model.name_or_path, recipe.hub, local=local)  # refused now, not after the training
     exchange.agree(processes, _flat(recipe.model_dump(exclude={"output_dir"})))
     sites = load_sites(recipe, processes)
     trainer = build_trainer(recipe, sites, processes)
@@ -77,6 +78,7 @@ def _train(
             "labels": sites.labels,
             "training_samples": sites.table.tolist(),
             "held_out": sites.describe(recipe.evaluation.split),
+            "source_on_hub": is_hub_source(recipe.data.source),
         }
         write_text(folder / "partition.json", json.dumps(partition, indent=2) + "\n")
     exchange.barrier(processes)
@@ -218,7 +220,7 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -
         if checkpoint.last_checkpoint(folder) is None:
             raise DecafError(f"no checkpoint to resume from in {folder}/checkpoints; start without --resume")
         before = read_recipe(folder / "recipe.yaml")
-        changed = _first_difference(before.model_dump(), recipe.model_dump())
+        changed = _first_difference(before.model_dump(exclude={"hub"}), recipe.model_dump(exclude={"hub"}))
         if changed:
             raise DecafError(f"{folder} was started with another {changed}; resume with the recipe in that folder")
     elif overwrite and folder.exists():

@@ -53,7 +53,7 @@ def summarize(trainer: "DecentralizedMixin") -> dict[str, Any]:
     lines = read_metrics(Path(args.output_dir) / "metrics.jsonl")
     return {
         "algorithm": args.algorithm,
-        "topology": trainer.schedule.topology,
+        "topology": Path(trainer.schedule.topology).name,  # of a file its name: summaries are published
         "weights": trainer.schedule.weights,
         "agents": args.num_agents,
         "spectral_gap": trainer.schedule.spectral_gap,
@@ -62,10 +62,11 @@ def summarize(trainer: "DecentralizedMixin") -> dict[str, Any]:
         "local_steps": args.local_steps,
         "seed": args.seed,
         "training": {name: _plain(getattr(args, name)) for name in TRAINING},
+        "base_model_is_local": Path(trainer.model.get_base_model().name_or_path).is_dir(),
         "num_labels": getattr(trainer.model.config, "num_labels", None),
         "processes": trainer.processes.count,
         "hosting": "batched" if trainer.hosting.batched else "turns",
-        "eval": trainer.evaluation,
+        "eval": trainer.current_evaluation,
         "payload_mib": sum(line["payload_mib"] for line in lines),
         "seconds": {part: sum(line[f"{part}_seconds"] for line in lines) for part in ("train", "mix", "measure")},
         "base_model_digest": trainer.base_digest,

@@ -8,6 +8,7 @@ What is ours sits in a mixin that any Trainer can take. Private methods of the T
 import copy
 import json
 import math
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,7 @@ class DecentralizedMixin:
             align=args.align,
         )
         self.evaluation: dict[str, Any] | None = None  # the newest one, as it stands in metrics.jsonl
+        self._evaluated_step: int | None = None
         self._losses: list[Tensor] = []  # (hosted agents,) per micro-batch since the last round
         self._micro_step = 0
         for callback in (ProgressCallback, PrinterCallback):
@@ -235,6 +237,11 @@ class DecentralizedMixin:
         self._agent_losses = losses.detach()
         return losses.sum()
 
+    @property
+    def current_evaluation(self) -> dict[str, Any] | None:
+        """The newest evaluation, if it judged the adapters as they are now."""
+        return self.evaluation if self._evaluated_step == self.state.global_step else None
+
     def mean_loss(self) -> float:
         """Mean loss of the hosted agents since the last call; nan before the first step."""
         losses, self._losses = self._losses, []
@@ -293,20 +300,23 @@ class DecentralizedMixin:
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Judge the consensus and every agent; the metrics name which: `eval_consensus_accuracy`, `eval_agent3_loss`,
-        `eval_agents_mean_accuracy`, `eval_agents_min_accuracy`. `self.evaluation` holds the same, nested."""
+        `eval_agents_mean_accuracy`, `eval_agents_min_accuracy`. `self.evaluation` holds the same, nested, when it is
+        the trainer's own held-out data that was judged."""
         data = self.eval_dataset if eval_dataset is None else self._hosted_eval(eval_dataset, self.args)
         if data is None:
             raise DecafError("evaluation needs an eval_dataset")
-        self.evaluation = self._judge(data, ignore_keys)
+        judged = self._judge(data, ignore_keys)
+        if eval_dataset is None:
+            self.evaluation, self._evaluated_step = judged, self.state.global_step
         flat = {
             f"{metric_key_prefix}_{who}_{metric}": value
             for who in ("consensus", "agents_mean", "agents_min")
-            for metric, value in self.evaluation[who].items()
+            for metric, value in judged[who].items()
         }
-        for agent, metrics in enumerate(self.evaluation["agents"]):
+        for agent, metrics in enumerate(judged["agents"]):
             flat.update({f"{metric_key_prefix}_agent{agent}_{metric}": value for metric, value in metrics.items()})
         # Under the plain names a Trainer user looks for, the consensus.
-        flat.update({f"{metric_key_prefix}_{m}": value for m, value in self.evaluation["consensus"].items()})
+        flat.update({f"{metric_key_prefix}_{m}": value for m, value in judged["consensus"].items()})
         self.log(dict(flat))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, flat)
         return flat
@@ -392,6 +402,9 @@ class DecentralizedMixin:
         config = copy.deepcopy(self.model.peft_config[CONSENSUS])
         for agent, tensors in everyone.items():
             save_adapter(folder / "agents" / str(agent), tensors, config)
+        for left in (folder / "agents").iterdir():  # of an earlier run with more agents
+            if left.name not in map(str, everyone):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
         save_adapter(folder / "consensus", self.network.consensus(everyone), config)
         write_summary(folder, self)
 
@@ -441,7 +454,8 @@ class DecentralizedMixin:
 
     def _load_best_model(self) -> None:
         checkpoint.load_adapters(Path(self.state.best_model_checkpoint), self.network.parameters)
-        self.evaluation = self._judge(self.eval_dataset, None)  # of the adapters that are kept
+        # of the adapters that are kept
+        self.evaluation, self._evaluated_step = self._judge(self.eval_dataset, None), self.state.global_step
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint.load_adapters(Path(resume_from_checkpoint), self.network.parameters)

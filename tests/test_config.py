@@ -1,5 +1,7 @@
 """Which arguments of a Trainer are refused, and how a trainer of one's own is stopped before it does harm."""
 
+import json
+
 import pytest
 
 from decaf_hf.errors import DecafError
@@ -50,3 +52,15 @@ def test_evaluation_takes_one_set_for_all_or_each_agents_own(tmp_path):
         trainer.evaluate(own[:3])
     with pytest.raises(DecafError, match="not a dictionary"):
         trainer.evaluate({"a": own[0]})
+
+
+def test_only_the_trainers_own_held_out_data_stands_for_the_run(tmp_path):
+    trainer = tiny.trainer(tmp_path, eval_dataset=tiny.texts(6, 9))
+    trainer.train()
+    judged = trainer.evaluation
+    trainer.evaluate(tiny.texts(3, 10))
+    trainer.save_model()
+    assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["eval"] == judged
+    (tmp_path / "agents" / "4").mkdir()  # as a run with more agents left it
+    trainer.save_model()
+    assert sorted(path.name for path in (tmp_path / "agents").iterdir()) == ["0", "1", "2", "3"]

@@ -370,3 +370,14 @@ def test_the_evaluator_in_the_docs_runs_on_an_adapter_folder(run, tmp_path, monk
         stock.compute(pipeline("text-classification", model=names["base"], tokenizer=tokenizer), **rest)
     by_name = stock.compute(str(folder), tokenizer=tokenizer, **rest)
     assert by_name["accuracy"] == pytest.approx(ours)
+
+
+def test_a_downloaded_recipe_cannot_make_code_run(tmp_path):
+    path = write_recipe(tmp_path)
+    assert command("train", path, "algorithm.rounds=1", "algorithm.local_steps=1")[0] == 0
+    stored = tmp_path / "run" / "recipe.yaml"
+    text = stored.read_text(encoding="utf-8")
+    stored.write_text(text.replace("trust_remote_code: false", "trust_remote_code: true"), encoding="utf-8")
+    with pytest.raises(DecafError, match=r"trust_remote_code.*--recipe"):
+        evaluate_adapters(tmp_path / "run")
+    assert evaluate_adapters(tmp_path / "run", recipe=read_recipe(path), bootstrap=5)["samples"] == 15

@@ -161,8 +161,8 @@ def test_the_card_says_what_the_run_folder_says(hub, run):
     }
     for own in [scores, *record.summary["eval"]["agents"], record.summary["eval"]["agents_mean"]]:
         assert " | ".join(f"{value:.3f}" for value in own.values()) in card.text
-    assert f"{record.summary['payload_mib']:.2f} MiB" in card.text
-    assert f"{record.rounds[-1]['consensus_distance']:.3f}" in card.text
+    assert f"{record.summary['payload_mib']:.3g} MiB" in card.text
+    assert f"{record.rounds[-1]['consensus_distance']:.3g}" in card.text
     for row in record.partition["training_samples"]:
         assert f"| {' | '.join(map(str, row))} |" in card.text
     assert "More Information Needed" not in card.text
@@ -418,7 +418,48 @@ def test_a_public_repository_is_not_filled_with_what_was_to_be_private(hub, run)
     assert_whole(hub, run)
 
 
+def test_a_private_repository_is_not_said_to_be_public(hub, run):
+    publish(run, HUB)
+    with pytest.raises(PublishingError, match="alice/tiny exists and is private; publish without --public"):
+        publish(run, HUB.model_copy(update={"private": False}))
+
+
+def test_a_repository_with_other_content_is_not_overwritten(hub, run):
+    hub.create("alice/tiny", private=True)
+    hub.commit_directly("alice/tiny", {"model.safetensors": b"mine", "run/train.sh": b"mine", "README.md": b"# mine"})
+    before = hub.files("alice/tiny")
+    with pytest.raises(PublishingError, match="alice/tiny holds other files"):
+        publish(run, HUB)
+    assert hub.files("alice/tiny") == before
+
+
+def test_one_public_repository_among_several_stops_all(hub, run):
+    hub.create("alice/tiny", private=False)
+    with pytest.raises(PublishingError, match="is public"):
+        publish(run, HUB.model_copy(update={"layout": "per-agent"}))
+    assert all(content_commits(hub, repo_id) == [] for repo_id in hub.repos() if repo_id != "alice/base")
+
+
 # --- what must not leave
+
+
+def test_agents_of_an_earlier_run_stay_and_missing_ones_are_named(hub, run):
+    shutil.copytree(run / "agents" / "2", run / "agents" / "3")
+    (run / "agents" / ".DS_Store").touch()
+    publish(run, HUB)
+    assert not [name for name in hub.files("alice/tiny") if name.startswith(("agents/3", "agents/."))]
+    shutil.rmtree(run / "agents" / "1")
+    with pytest.raises(DecafError, match=r"agents/1/adapter_config\.json"):
+        publish(run, HUB)
+
+
+def test_labels_cannot_break_the_card(hub, run):
+    partition = json.loads((run / "partition.json").read_text(encoding="utf-8"))
+    partition["labels"][:2] = ["a | b\nc", "<script>`x` {{ 7 * 7 }}"]
+    (run / "partition.json").write_text(json.dumps(partition), encoding="utf-8")
+    publish(run, HUB)
+    text = hub.files("alice/tiny")["README.md"].decode()
+    assert "| agent | a \\| b c | &lt;script&gt;'x' {{ 7 * 7 }} | law |" in text
 
 
 def test_a_local_base_model_is_refused(hub, run):
@@ -439,9 +480,14 @@ def spoil(path, old, new):
     ("name", "old", "new", "words"),
     [
         ("summary.json", '"ring"', '"/home/ann/ring"', "run/summary.json holds the local path '/home/ann/ring'"),
+        ("summary.json", '"ring"', '"~/edges.txt"', "holds the local path '~/edges.txt'"),
+        ("summary.json", '"ring"', '"C:/Users/ann/e"', "holds the local path 'C:/Users/ann/e'"),
+        ("summary.json", '"ring"', '"file:///x/e"', "holds the local path 'file:///x/e'"),
         ("summary.json", '"ring"', '"hf_abcdefghijklmnopqrstuvwxyz"', "run/summary.json holds an access token"),
         ("metrics.jsonl", '"loss": ', '"loss": NaN, "x": ', "run/metrics.jsonl holds NaN"),
         ("partition.json", "{", "", "partition.json is damaged"),
+        ("partition.json", '"labels"', '"label"', "partition.json lacks labels"),
+        ("summary.json", '"training"', '"trainin"', "summary.json lacks training"),
     ],
 )
 def test_texts_that_must_not_leave(hub, run, name, old, new, words):
@@ -502,7 +548,17 @@ def test_the_command(hub, run, monkeypatch):
 
 def recipe_with_hub(folder, **more):
     hub = {"repo_id": "alice/tiny", "base_model_id": "alice/base", **more}
-    return write_recipe(folder, hub=hub, algorithm={"rounds": 4, "local_steps": 1})
+    return write_recipe(
+        folder, hub=hub, algorithm={"rounds": 4, "local_steps": 1}, evaluation={"metrics": ["f1"], "every_rounds": 2}
+    )
+
+
+def test_adapters_that_were_not_judged_have_a_card_without_scores(hub, tmp_path):
+    path = recipe_with_hub(tmp_path, every_rounds=3)
+    assert command("train", path)[0] == 0
+    assert json.loads(hub.files("alice/tiny", "round-3")["run/summary.json"])["eval"] is None
+    assert "## Results" not in hub.files("alice/tiny", "round-3")["README.md"].decode()
+    assert "## Results" in hub.files("alice/tiny", "round-4")["README.md"].decode()
 
 
 def test_a_recipe_publishes_as_it_goes(hub, tmp_path):
@@ -511,8 +567,10 @@ def test_a_recipe_publishes_as_it_goes(hub, tmp_path):
     assert f"published: {hub.endpoint}/alice/tiny" in out
     assert f"round 2 is published: {hub.endpoint}/alice/tiny" in err
     assert set(hub.tags("alice/tiny")) == {"round-2", "round-4"}
-    early = json.loads(hub.files("alice/tiny", "round-2")["run/summary.json"])
-    assert early["rounds"] == 2
+    early = hub.files("alice/tiny", "round-2")
+    summary, lines = json.loads(early["run/summary.json"]), early["run/metrics.jsonl"].decode().splitlines()
+    assert (summary["rounds"], len(lines)) == (2, 2)
+    assert summary["eval"] == json.loads(lines[-1])["eval"]  # of these very adapters
     weights = "adapter_model.safetensors"
     assert hub.files("alice/tiny", "round-2")[weights] != hub.files("alice/tiny", "round-4")[weights]
     assert hub.files("alice/tiny")[weights] == (tmp_path / "run" / "consensus" / weights).read_bytes()
