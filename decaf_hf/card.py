@@ -104,7 +104,6 @@ def render_card(
             partition=record.partition,
             last=record.rounds[-1] if record.rounds else None,
             judged=_judged(record),
-            baselines=_baselines(record),
             pictures=[path.name for path in pictures(record.folder)],
             files="run/" if published else "",
             hub=hub,
@@ -205,11 +204,6 @@ def _judged(record: Record, agent: int | None = None) -> dict[str, dict[str, flo
             own = scores["consensus"] if agent is None else scores["agents"][agent]
             return {name: value if isinstance(value, dict) else {"value": value} for name, value in own.items()}
     return None
-
-
-def _baselines(record: Record) -> list[dict[str, Any]]:
-    """The arms of the comparison that this run belongs to."""
-    return record.comparison["arms"] if record.comparison is not None else []
 
 
 def _data_name(record: Record) -> str:

@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding, Trainer
-from transformers.utils import logging as transformers_logging
 
 from .adapters import CONSENSUS, agent_name, trainable
 from .algorithms import ALGORITHMS
@@ -233,13 +232,7 @@ def _trainer(
 ) -> tuple[PeftModel, Trainer, Any]:
     """The base with all adapters, a Trainer that judges them, the tokenizer."""
     args = config_of(recipe)
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # the head that the base lacks comes with the adapters
-    transformers_logging.disable_progress_bar()
-    try:
-        base, tokenizer = load_model(recipe, labels)
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    base, tokenizer = load_model(recipe, labels)
     model = _load_adapters(base, folders, tensors)
     trainer = Trainer(
         model=model,

@@ -36,7 +36,7 @@ from huggingface_hub.utils import _http, validate_repo_id
 
 from .card import read_record, round_tag
 from .errors import DecafError
-from .publication import Files, repositories
+from .publication import Files, read, repositories
 from .recipe import HubSection
 
 T = TypeVar("T")
@@ -64,8 +64,8 @@ def publish(run: Path, hub: HubSection, *, message: str | None = None, token: st
     with _timeouts():
         try:
             hub = hub.model_copy(update={"repo_id": _full_name(api, hub.repo_id)})
-            wanted = repositories(run, hub, token)
-            tag = round_tag(read_record(run))
+            record = read_record(run)
+            wanted, tag = repositories(record, hub, token), round_tag(record)
             addresses = [_ready(api, name, hub.private) for name in wanted]  # all of them before anything is sent
             for name, files in wanted.items():
                 _publish_one(api, name, files, tag, message or f"Adapters of {tag}")
@@ -169,7 +169,7 @@ def _differences(files: Files, there: dict[str, RepoFile]) -> list[str]:
 
 
 def _same(content: bytes | Path, there: RepoFile) -> bool:
-    data = content if isinstance(content, bytes) else content.read_bytes()
+    data = read(content)
     if there.lfs is not None:
         return hashlib.sha256(data).hexdigest() == there.lfs.sha256
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest() == there.blob_id  # git's name of a file

@@ -5,7 +5,6 @@ configurations name the base model by its Hub id and hold no path of this machin
 """
 
 import json
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
-from .card import Record, pictures, read_record, render_card
+from .card import Record, pictures, render_card
 from .errors import DecafError
 from .recipe import HubSection, resolved_yaml
 
@@ -37,13 +36,12 @@ _LOCAL_PATH = re.compile(
 _TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}\b")
 
 
-def repositories(run: Path, hub: HubSection, token: str | None = None) -> dict[str, Files]:
+def repositories(record: Record, hub: HubSection, token: str | None = None) -> dict[str, Files]:
     """The files of each repository of a publication; the consensus' repository comes last, when the others are whole.
 
     Raises `DecafError` naming what must not leave: a base model without Hub id, a local path, a token, a number that
     is not finite.
     """
-    record = read_record(run)
     base = base_model_id(record.base, hub, local=record.summary["base_model_is_local"])
     agents = range(1 if record.summary["algorithm"] == "centralized" else record.summary["agents"])
     result: dict[str, Files] = {}
@@ -63,7 +61,7 @@ def repositories(run: Path, hub: HubSection, token: str | None = None) -> dict[s
             consensus |= _adapter(record, f"agents/{agent}", f"agents/{agent}/", base)
     result[hub.repo_id] = {**consensus, "README.md": _utf8(render_card(record, hub=hub, base_model=base))}
     for files in result.values():
-        _check(run, files, token or get_token())
+        _check(record.folder, files, token or get_token())
     return result
 
 
@@ -127,7 +125,7 @@ def _check(run: Path, files: Files, token: str | None) -> None:
         if name.endswith(".safetensors"):
             _check_finite(content)
             continue
-        text = _read(content).decode("utf-8")
+        text = read(content).decode("utf-8")
         for kind, found in (("the local path", _LOCAL_PATH.search(text)), ("an access token", _TOKEN.search(text))):
             if found:
                 shown = found[0] if kind == "the local path" else "hf_..."
@@ -154,7 +152,7 @@ def _check_finite(path: Path) -> None:
         with safe_open(path, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
                 tensor = file.get_tensor(key)
-                if tensor.is_floating_point() and not math.isfinite(float(torch.sum(torch.abs(tensor.double())))):
+                if not bool(torch.isfinite(tensor).all()):
                     raise DecafError(f"{path}: {key} is not finite; such an adapter is not published")
     except (OSError, SafetensorError) as error:
         raise DecafError(f"{path} is damaged: {error}") from None
@@ -165,7 +163,8 @@ def _without_folder(value: str | None) -> str | None:
     return Path(value).name if value is not None and value.startswith(("/", "~")) else value
 
 
-def _read(content: bytes | Path) -> bytes:
+def read(content: bytes | Path) -> bytes:
+    """The bytes of a file to be published."""
     return content if isinstance(content, bytes) else content.read_bytes()
 
 

@@ -8,11 +8,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import transformers
 from filelock import FileLock, Timeout
 from rich.console import Console
 from transformers import DataCollatorWithPadding
-from transformers.utils import logging as transformers_logging
 
 from . import checkpoint, exchange
 from .card import loading_snippet, read_record, write_card
@@ -133,13 +131,7 @@ def _publish(folder: Path, hub: HubSection, console: Console) -> None:
 
 def build_trainer(recipe: Recipe, sites: Sites, processes: Processes) -> DecentralizedTrainer:
     """The trainer of a recipe on its data; writes nothing but the empty run folder."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # a new classification head is what we want, not worth a warning
-    transformers.utils.logging.disable_progress_bar()
-    try:
-        model, tokenizer = exchange.together(processes, lambda: load_model(recipe, sites.labels))
-    finally:
-        transformers_logging.set_verbosity(verbosity)
+    model, tokenizer = exchange.together(processes, lambda: load_model(recipe, sites.labels))
 
     def tokens(data):
         if isinstance(data, list):

@@ -11,6 +11,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from .data import resolve_package
 from .errors import DecafError
@@ -43,6 +44,9 @@ def model_location(recipe: Recipe) -> str:
 def load_model(recipe: Recipe, labels: list[str]) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model with a head for the labels, and its tokenizer; a new head is drawn from the recipe's seed."""
     location = model_location(recipe)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # that the base lacks the head is what we want, not worth a warning
+    logging.disable_progress_bar()
     options = {"revision": recipe.model.revision, "trust_remote_code": recipe.model.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(
@@ -68,6 +72,8 @@ def load_model(recipe: Recipe, labels: list[str]) -> tuple[PreTrainedModel, PreT
     except (OSError, ValueError) as error:
         cause = " ".join(str(error).split())[:300]
         raise DecafError(f"model.name_or_path: cannot load {recipe.model.name_or_path!r}: {cause}") from error
+    finally:
+        logging.set_verbosity(verbosity)
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and recipe.data.max_length > longest:
         raise DecafError(f"data.max_length={recipe.data.max_length} exceeds the model's {longest} positions; lower it")

@@ -78,7 +78,7 @@ def content_commits(hub, repo_id="alice/tiny"):
 
 def assert_whole(hub, run, hub_options=HUB):
     """Exactly one commit of content, equal to the run, with the tag on it."""
-    for repo_id, files in repositories(run, hub_options).items():
+    for repo_id, files in repositories(read_record(run), hub_options).items():
         wanted = {name: own if isinstance(own, bytes) else own.read_bytes() for name, own in files.items()}
         there = hub.files(repo_id)
         there.pop(".gitattributes")
