@@ -6,6 +6,7 @@ import pytest
 import torch
 from huggingface_hub import constants, hf_hub_download, snapshot_download
 
+from decaf_hf.card import read_record
 from decaf_hf.hub import publish
 from decaf_hf.publication import repositories
 from decaf_hf.recipe import HubSection
@@ -43,7 +44,7 @@ def elsewhere(function, *arguments, **named):
 def test_publishing_through_xet(hub, tmp_path):
     assert command("train", write_recipe(tmp_path, data={"test_size": 15, "validation_size": 0}))[0] == 0
     run = tmp_path / "run"
-    (files,) = repositories(run, HUB).values()
+    (files,) = repositories(read_record(run), HUB).values()
     wanted = {name: own if isinstance(own, bytes) else own.read_bytes() for name, own in files.items()}
 
     elsewhere(publish, run, HUB)
