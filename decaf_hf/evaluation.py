@@ -20,20 +20,20 @@ from rich.text import Text
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import DataCollatorWithPadding, Trainer
+from transformers import EvalPrediction, Trainer
 
 from .adapters import CONSENSUS, agent_name, trainable
 from .algorithms import ALGORITHMS
-from .data import encode_labels, load_source, tokenize
+from .data import encode_labels, load_source
 from .errors import DecafError
 from .exchange import Processes
 from .files import write_text
-from .metrics import classification_metrics, resampled_scores
+from .metrics import LOWER_IS_BETTER, resampled_scores, scores
 from .partition import MAX_AGENTS_SHOWN
 from .recipe import Recipe, read_recipe
 from .run import config_of
 from .sites import load_sites
-from .tasks import load_model
+from .tasks import Task, load_task
 
 PERCENTILES = (2.5, 97.5)
 
@@ -50,7 +50,7 @@ def evaluate_adapters(
 ) -> dict[str, Any]:
     """Score the consensus and every agent of a run folder, or of the snapshot of a published repository.
 
-    Judged are the held-out texts that the recipe names, or all rows of the source `data` (of a Hub data set those of
+    Judged are the held-out samples that the recipe names, or all rows of the source `data` (of a Hub data set those of
     its split train). `recipe` takes the place of the one that lies with the adapters. Every score comes with the
     percentiles 2.5 and 97.5 over `bootstrap` resamples of the rows. Raises `DecafError`; writes nothing.
     """
@@ -77,20 +77,18 @@ def evaluate_adapters(
     tensors = {name: _read_adapter(name, place) for name, place in folders.items()}
     parts = _held_out(recipe) if data is None else _all_rows(recipe, data, labels)
 
-    model, trainer, tokenizer = _trainer(recipe, labels, folders, tensors)
-
-    def tokens(part: datasets.Dataset) -> datasets.Dataset:
-        return tokenize(part, tokenizer, recipe.data.text, recipe.data.max_length)
+    model, trainer, task = _trainer(recipe, labels, folders, tensors)
 
     def judge(name: str, part: datasets.Dataset, generator: np.random.Generator) -> dict[str, _Score]:
         model.set_adapter(name)
         output = trainer.predict(part)
-        predicted = np.argmax(output.predictions, axis=-1)
-        resampled = resampled_scores(predicted, output.label_ids, bootstrap, generator)
-        return {m: _Score(float(output.metrics[f"test_{m}"]), resampled[m]) for m in recipe.evaluation.metrics}
+        outcomes = task.outcomes(EvalPrediction(output.predictions, output.label_ids))
+        metrics = recipe.evaluation.metrics
+        resampled = resampled_scores(outcomes, metrics, bootstrap, generator)
+        return {m: _Score(float(output.metrics[f"test_{m}"]), resampled[m]) for m in metrics}
 
     own = isinstance(parts, list)
-    parts = [tokens(part) for part in parts] if own else tokens(parts)
+    parts = [task.encode(part) for part in parts] if own else task.encode(parts)
     generator = np.random.default_rng(seed)
     if own:
         everywhere = [judge(CONSENSUS, part, generator) for part in parts]
@@ -102,6 +100,8 @@ def evaluate_adapters(
         _with_interval(judge(agent_name(agent), parts[agent] if own else parts, np.random.default_rng(seed)))
         for agent in range(count)
     ]
+    better_low = [metric for metric in recipe.evaluation.metrics if metric in LOWER_IS_BETTER]
+    better_high = [metric for metric in recipe.evaluation.metrics if metric not in LOWER_IS_BETTER]
     return {
         "on": "own" if own else "global",
         "data": f"{recipe.evaluation.split} split" if data is None else data,
@@ -109,8 +109,9 @@ def evaluate_adapters(
         "bootstrap": {"resamples": bootstrap, "seed": seed, "percentiles": list(PERCENTILES)},
         "consensus": _with_interval(on_consensus),
         "agents": agents,
-        "agents_mean": {m: sum(scores[m]["value"] for scores in agents) / count for m in recipe.evaluation.metrics},
-        "agents_min": {m: min(scores[m]["value"] for scores in agents) for m in recipe.evaluation.metrics},
+        "agents_mean": {m: sum(own[m]["value"] for own in agents) / count for m in recipe.evaluation.metrics},
+        "agents_min": {m: min(own[m]["value"] for own in agents) for m in better_high},
+        "agents_max": {m: max(own[m]["value"] for own in agents) for m in better_low},
     }
 
 
@@ -123,10 +124,11 @@ def print_evaluation(result: dict[str, Any], console: Console) -> None:
         grid.add_column(metric, justify="right")
     grid.add_row("consensus", *(_cell(result["consensus"][metric]) for metric in metrics))
     grid.add_row("agents' mean", *(f"{result['agents_mean'][metric]:.3f}" for metric in metrics))
-    grid.add_row("agents' minimum", *(f"{result['agents_min'][metric]:.3f}" for metric in metrics))
+    worst = {**result["agents_min"], **result["agents_max"]}
+    grid.add_row("worst agent", *(f"{worst[metric]:.3f}" for metric in metrics))
     grid.add_section()
-    for agent, scores in enumerate(result["agents"][:MAX_AGENTS_SHOWN]):
-        grid.add_row(f"agent {agent}", *(_cell(scores[metric]) for metric in metrics))
+    for agent, own in enumerate(result["agents"][:MAX_AGENTS_SHOWN]):
+        grid.add_row(f"agent {agent}", *(_cell(own[metric]) for metric in metrics))
     console.print(grid)
     hidden = len(result["agents"]) - MAX_AGENTS_SHOWN
     if hidden > 0:
@@ -134,8 +136,8 @@ def print_evaluation(result: dict[str, Any], console: Console) -> None:
     where = "each agent on its own share of them, " if result["on"] == "own" else ""
     console.print(
         Text(
-            f"{result['data']}: {result['samples']} texts, {where}in brackets the 95% interval over "
-            f"{result['bootstrap']['resamples']} bootstrap samples of the texts"
+            f"{result['data']}: {result['samples']} samples, {where}in brackets the 95% interval over "
+            f"{result['bootstrap']['resamples']} bootstrap resamples of them"
         )
     )
 
@@ -180,7 +182,7 @@ def _for_judging(recipe: Recipe, labels: list[str], folder: Path) -> Recipe:
         update={
             "output_dir": str(folder),  # a Trainer makes sure that it exists
             "checkpoint_rounds": None,
-            "data": recipe.data.model_copy(update={"labels": labels}),
+            "data": recipe.data.model_copy(update={"labels": labels if recipe.labeled else None}),
             "evaluation": recipe.evaluation.model_copy(update={"every_rounds": None}),
             "training": recipe.training.model_copy(update={"report_to": "none", "disable_tqdm": True}),
         }
@@ -219,29 +221,32 @@ def _all_rows(recipe: Recipe, source: str, labels: list[str]) -> datasets.Datase
     section = recipe.data
     rows = load_source(
         source,
-        text=section.text,
+        texts=recipe.text_columns,
+        image=section.image if recipe.samples == "images" else None,
         label=section.label,
+        labeled=recipe.labeled,
         encoding=section.encoding,
         encoding_errors=section.encoding_errors,
     )
-    return encode_labels(rows, section.label, labels)
+    return encode_labels(rows, section.label, labels) if recipe.labeled else rows
 
 
 def _trainer(
     recipe: Recipe, labels: list[str], folders: dict[str, Path], tensors: dict[str, dict[str, Tensor]]
-) -> tuple[PeftModel, Trainer, Any]:
-    """The base with all adapters, a Trainer that judges them, the tokenizer."""
+) -> tuple[PeftModel, Trainer, Task]:
+    """The base with all adapters, a Trainer that judges them, the task."""
     args = config_of(recipe)
-    base, tokenizer = load_model(recipe, labels)
-    model = _load_adapters(base, folders, tensors)
+    task = load_task(recipe, labels if recipe.labeled else [])
+    model = _load_adapters(task.model, folders, tensors)
     trainer = Trainer(
         model=model,
         args=args,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        processing_class=tokenizer,
-        compute_metrics=classification_metrics(recipe.evaluation.metrics),
+        data_collator=task.collate,
+        processing_class=task.processor,
+        compute_metrics=lambda prediction: scores(task.outcomes(prediction), recipe.evaluation.metrics),
+        preprocess_logits_for_metrics=task.reduce,
     )
-    return model, trainer, tokenizer
+    return model, trainer, task
 
 
 def _load_adapters(base: nn.Module, folders: dict[str, Path], tensors: dict[str, dict[str, Tensor]]) -> PeftModel:

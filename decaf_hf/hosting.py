@@ -6,6 +6,7 @@ attributes of PEFT's layers (peft 0.21: `_active_adapter`, `lora_variant`, `modu
 """
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,6 +109,9 @@ class Hosting:
         self.batched: bool | None = None  # None until the first batch decides
         self.reason = ""
         self._routed = False
+        # A model may need to be told how many agents share a batch (images.answer_by_prompts).
+        told = "agents" in inspect.signature(model.get_base_model().forward).parameters
+        self._extra = {"agents": len(self.agents)} if told else {}
         self._tuned = [m for m in model.modules() if isinstance(m, LoraLayer | ModulesToSaveWrapper)]
         self._names = [agent_name(agent) for agent in self.agents]
         for layer, module in model.named_modules():
@@ -152,6 +156,10 @@ class Hosting:
             yield
         finally:
             self._routed = False
+
+    def forward(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+        """The model's output for a shared batch, inside `together`."""
+        return model(**inputs, **self._extra)
 
     @contextlib.contextmanager
     def alone(self, agent: int, inputs: Mapping[str, Any]) -> Iterator[None]:
@@ -294,7 +302,7 @@ class Hosting:
                     parameter.add_(0.1 * noise.to(parameter.device, parameter.dtype))
             separate = self._separate(model, inputs)
             with self.together(inputs):
-                shared = model(**inputs)["logits"]
+                shared = _unpadded(self.forward(model, inputs)["logits"], inputs)
             gap = (shared - separate).abs().max()
             effect = (separate - plain).abs().max()
             # Wrong routing errs by the adapters' whole effect, padding that is looked at by a part; rounding by less.
@@ -316,8 +324,20 @@ class Hosting:
         logits = []
         for index, name in enumerate(self._names):
             self.activate(name)
-            logits.append(model(**self.rows(inputs, index))["logits"])
+            rows = self.rows(inputs, index)
+            logits.append(_unpadded(model(**rows)["logits"], rows))
         return torch.cat(logits)
+
+
+def _unpadded(logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    """Logits of every token without those of padding: `(rows, columns, classes)` to `(tokens, classes)`.
+
+    The columns may be the last ones only.
+    """
+    mask = inputs.get("attention_mask")
+    if logits.dim() != 3 or mask is None or mask.dim() != 2:
+        return logits
+    return logits[mask[:, -logits.shape[1] :].bool()]
 
 
 def _uneven(model: nn.Module, inputs: Mapping[str, Any], count: int, padding_side: str) -> dict[str, Any]:

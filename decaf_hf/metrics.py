@@ -5,7 +5,8 @@ The one exception is `hub_metric`, which has to be called by name.
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,28 +93,54 @@ class Perplexity(evaluate.Metric):
             return {"perplexity": math.inf}
 
 
-METRICS = {"accuracy": Accuracy, "f1": F1}
+METRICS = {"accuracy": Accuracy, "f1": F1, "perplexity": Perplexity}
+LOWER_IS_BETTER = {"loss", "perplexity"}
 
 
-def classification_metrics(names: Sequence[str]) -> Callable[[EvalPrediction], dict[str, float]]:
-    """A Trainer's `compute_metrics` for logits of shape (samples, classes)."""
+@dataclass(frozen=True)
+class Outcomes:
+    """What a model made of rows, as far as metrics look at it; arrays of shape `(rows,)`."""
 
-    def compute(prediction: EvalPrediction) -> dict[str, float]:
-        predicted = np.argmax(prediction.predictions, axis=-1)
-        scores: dict[str, float] = {}
-        for name in names:
-            scores.update(METRICS[name]().compute(predictions=predicted, references=prediction.label_ids))
-        return scores
+    predicted: np.ndarray | None = None  # classes
+    references: np.ndarray | None = None
+    nll: np.ndarray | None = None  # negative log-likelihood, summed over the row's tokens
+    tokens: np.ndarray | None = None
 
-    return compute
+
+def scores(outcomes: Outcomes, names: Sequence[str]) -> dict[str, float]:
+    """The named metrics of `METRICS`."""
+    found: dict[str, float] = {}
+    for name in names:
+        if name == "perplexity":
+            inputs = {"negative_log_likelihoods": outcomes.nll, "tokens": outcomes.tokens}
+        else:
+            inputs = {"predictions": outcomes.predicted, "references": outcomes.references}
+        found.update(METRICS[name]().compute(**inputs))
+    return found
+
+
+def class_outcomes(prediction: EvalPrediction) -> Outcomes:
+    """Outcomes of logits of shape (rows, classes)."""
+    return Outcomes(np.argmax(prediction.predictions, axis=-1), prediction.label_ids)
 
 
 def resampled_scores(
-    predictions: np.ndarray, references: np.ndarray, resamples: int, generator: np.random.Generator
+    outcomes: Outcomes, names: Sequence[str], resamples: int, generator: np.random.Generator
 ) -> dict[str, np.ndarray]:
-    """Every metric of `METRICS` on `resamples` bootstrap samples of the rows, each `(resamples,)`."""
+    """The named metrics on `resamples` bootstrap samples of the rows, each `(resamples,)`."""
+    found: dict[str, np.ndarray] = {}
+    if outcomes.predicted is not None:
+        found.update(_resampled_classes(outcomes, resamples, generator))
+    if "perplexity" in names:
+        rows = len(outcomes.nll)
+        drawn = generator.multinomial(rows, np.full(rows, 1 / rows), size=resamples)  # (resamples, rows)
+        found["perplexity"] = np.exp((drawn @ outcomes.nll) / (drawn @ outcomes.tokens))
+    return {name: found[name] for name in names}
+
+
+def _resampled_classes(outcomes: Outcomes, resamples: int, generator: np.random.Generator) -> dict[str, np.ndarray]:
     # To these metrics a row is its pair of classes, so drawing rows is drawing from the few pairs that occur.
-    pairs, counts = np.unique(np.stack([references, predictions]), axis=1, return_counts=True)
+    pairs, counts = np.unique(np.stack([outcomes.references, outcomes.predicted]), axis=1, return_counts=True)
     total = counts.sum()
     drawn = generator.multinomial(total, counts / total, size=resamples)  # (resamples, pairs)
     of_class = [row[:, None] == np.unique(pairs) for row in pairs]  # each (pairs, classes)

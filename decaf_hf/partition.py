@@ -13,7 +13,7 @@ from rich.text import Text
 
 from .errors import DecafError, require_one_of
 
-KINDS = ("iid", "dirichlet", "classes", "column", "files")
+KINDS = ("iid", "stratified", "dirichlet", "classes", "column", "files")
 MAX_DRAWS = 1000
 MAX_LABELS_SHOWN = 12
 MAX_AGENTS_SHOWN = 40
@@ -32,8 +32,8 @@ def partition(
     """Cut `range(num_samples)` into one sorted index array per agent.
 
     The arrays are disjoint and cover everything. `by` holds one value per sample, shape `(num_samples,)`: the labels
-    (`dirichlet`, `classes`) or the owners (`column`); `iid` needs none. Raises `DecafError` when an agent would get
-    fewer than `min_samples`.
+    (`stratified`, `dirichlet`, `classes`) or the owners (`column`); `iid` needs none. Raises `DecafError` when an
+    agent would get fewer than `min_samples`.
     """
     require_one_of("data.partition.kind", kind, KINDS)
     assert kind != "files", "each agent's own file is read by decaf_hf.data; there is nothing to cut"
@@ -43,7 +43,9 @@ def partition(
         parts = np.array_split(rng.permutation(num_samples), num_agents)
     else:
         by = _checked_values(kind, by, num_samples)
-        if kind == "dirichlet":
+        if kind == "stratified":
+            parts = _stratified(by, num_agents, rng)
+        elif kind == "dirichlet":
             parts = _dirichlet(by, num_agents, dirichlet_alpha, min_samples, rng)
         elif kind == "classes":
             parts = _classes(by, num_agents)
@@ -66,6 +68,13 @@ def _checked_values(kind: str, by: np.ndarray | None, num_samples: int) -> np.nd
             f"{len(missing)} rows in all; partition {kind!r} needs one in each: complete or remove those rows"
         )
     return by
+
+
+def _stratified(by: np.ndarray, num_agents: int, rng: np.random.Generator) -> list[np.ndarray]:
+    """Deal each class out in turn, so that agents differ by one sample at most, of each class and in all."""
+    shuffled = rng.permutation(len(by))
+    dealt = shuffled[np.argsort(by[shuffled], kind="stable")]
+    return [dealt[agent::num_agents] for agent in range(num_agents)]
 
 
 def _dirichlet(

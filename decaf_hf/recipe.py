@@ -6,6 +6,7 @@ What a field means is said once, in its description. The `lora` and `training` s
 
 import dataclasses
 import re
+import string
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -197,13 +198,25 @@ TrainingSection = _library_section("TrainingSection", TrainingArguments, REFUSED
 class ModelSection(_Section):
     """The frozen base model that all agents share."""
 
-    task: Literal["text-classification"] = Field("text-classification", description="What the model learns to do.")
+    task: Literal["text-classification", "causal-lm", "image-classification", "image-text"] = Field(
+        "text-classification",
+        description="What the model learns to do. causal-lm: plain texts, instructions (data.prompt and "
+        "data.completion), or classes told by a word (data.prompt and data.label_words); image-text: CLIP and other "
+        "dual encoders, classes told by a prompt.",
+    )
     name_or_path: Text = Field(
         description="The base model: a Hub id, a folder, or package:NAME/PATH, a folder inside an installed package."
     )
     revision: Text | None = Field(None, description="Branch, tag or commit of a model on the Hub.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
         None, description="Number format of the base weights; null keeps the stored one."
+    )
+    gguf_file: Text | None = Field(
+        None,
+        description="A GGUF file in the folder or repository, whose weights are expanded; needs gguf installed.",
+    )
+    load_in_4bit: bool = Field(
+        False, description="Keep the frozen base in 4 bits (NF4); needs the package bitsandbytes."
     )
     base_dropout: bool = Field(
         False,
@@ -216,10 +229,10 @@ class ModelSection(_Section):
 class PartitionSection(_Section):
     """Who owns which samples."""
 
-    kind: Literal["iid", "dirichlet", "classes", "column", "files"] = Field(
+    kind: Literal["iid", "stratified", "dirichlet", "classes", "column", "files"] = Field(
         "iid",
-        description="iid: at random; dirichlet: shares drawn from a Dirichlet distribution per label; "
-        "classes: class c to agent c mod N; column: by natural owner; "
+        description="iid: at random; stratified: every label dealt out evenly; dirichlet: shares drawn from a "
+        "Dirichlet distribution per label; classes: class c to agent c mod N; column: by natural owner; "
         "files: a file per agent, the only kind (and the default) for a source with {agent}.",
     )
     alpha: float | None = Field(
@@ -227,8 +240,8 @@ class PartitionSection(_Section):
     )
     by: Text | None = Field(
         None,
-        description="Column that decides the owner: needed for column, the label column unless given for dirichlet "
-        "and classes.",
+        description="Column that decides the owner: needed for column, the label column unless given for "
+        "stratified, dirichlet and classes.",
     )
 
     @model_validator(mode="after")
@@ -248,8 +261,27 @@ class PartitionSection(_Section):
         return self
 
 
+class AugmentSection(_Section):
+    """Random changes of the training images, drawn from each agent's own stream."""
+
+    crop: list[float] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="Cut out a part of this share of the area, between the two numbers, and resize it: [0.08, 1.0].",
+    )
+    flip: bool = Field(False, description="Mirror every second image, at random.")
+
+    @field_validator("crop")
+    @classmethod
+    def _shares(cls, crop: list[float] | None) -> list[float] | None:
+        if crop is not None and not 0 < crop[0] <= crop[1] <= 1:
+            raise ValueError(f"{crop} are not two shares of the area, as [0.08, 1.0]")
+        return crop
+
+
 class DataSection(_Section):
-    """The labeled texts, how they are spread over the agents, and what is held out."""
+    """The samples, how they are spread over the agents, and what is held out."""
 
     source: Text = Field(
         description="A Hub data set, a local file or folder, or package:NAME/PATH, a file or folder inside an "
@@ -257,8 +289,36 @@ class DataSection(_Section):
     )
     split: Text = Field("train", description="Split of the source to train on.")
     config: Text | None = Field(None, description="Configuration (subset) of a Hub data set.")
-    text: Text = Field("text", description="Column with the text.")
+    text: Text = Field("text", description="Column with the text, where data.prompt names no columns of its own.")
+    image: Text = Field("image", description="Column with the image, for the image tasks.")
     label: Text = Field("label", description="Column with the label.")
+    prompt: Text | None = Field(
+        None,
+        description="causal-lm: what stands before the answer, columns in braces, as '{question} Answer:'; "
+        "image-text: what is said of a class, as 'a photo of a {label}.'",
+    )
+    completion: Text | None = Field(
+        None,
+        description="causal-lm: the answer, columns in braces; the loss counts its tokens, not the prompt's.",
+    )
+    label_words: dict[str, str] | None = Field(
+        None,
+        min_length=1,
+        description="How a label is said: in causal-lm the answer, usually with a space before it (needed for "
+        "classification), in image-text what {label} stands for (the label itself when not given).",
+    )
+    packing: bool = Field(
+        False, description="causal-lm: join an agent's texts into blocks of max_length tokens; not for label_words."
+    )
+    shots: int | None = Field(
+        None,
+        ge=1,
+        description="Few-shot: keep this many training samples per label and agent, all agents' together before they "
+        "are spread; null keeps all.",
+    )
+    augment: AugmentSection = Field(
+        default_factory=AugmentSection, description="Random changes of the training images."
+    )
     labels: list[Text] | None = Field(
         None, min_length=1, description="Label names in order; found in the data when not given."
     )
@@ -283,7 +343,7 @@ class DataSection(_Section):
         ge=0,
         le=LARGEST_SEED,
         description="Seed of the held-out sets, kept apart from `seed` so that several seeds are judged on the same "
-        "texts.",
+        "samples.",
     )
     test_source: Text | None = Field(
         None, description="A source of its own for the test set, instead of a share of the training source."
@@ -291,6 +351,23 @@ class DataSection(_Section):
     test_split: Text | None = Field(
         None, description="A split of the same source as the test set, instead of a share of the training split."
     )
+
+    @field_validator("label_words", mode="before")
+    @classmethod
+    def _words(cls, words: Any) -> Any:
+        if not isinstance(words, dict):
+            return words
+        for label, word in words.items():
+            if not isinstance(word, str):
+                raise ValueError(f"the word of label {label} is {_shown(word)}, not text; put it in quotes")
+        return {str(label): word for label, word in words.items()}
+
+    @field_validator("prompt", "completion")
+    @classmethod
+    def _template(cls, template: str | None) -> str | None:
+        if template is not None:
+            template_fields(template)
+        return template
 
     @field_validator("labels")
     @classmethod
@@ -327,7 +404,7 @@ class DataSection(_Section):
                 "partition.kind",
                 "source",
             )
-        if partition.kind in ("dirichlet", "classes") and partition.by is None:
+        if partition.kind in ("stratified", "dirichlet", "classes") and partition.by is None:
             partition.by = self.label
         if self.text == "labels" and self.label != "labels":
             raise _ConflictError("a column named labels is taken for the classes; rename it", "text")
@@ -388,10 +465,13 @@ class AlgorithmSection(_Section):
 
 
 class EvaluationSection(_Section):
-    """What is measured, when, and on which texts."""
+    """What is measured, when, and on which samples."""
 
-    metrics: list[Literal["accuracy", "f1"]] = Field(
-        default_factory=lambda: ["accuracy"], min_length=1, description="What is measured; f1 is the macro average."
+    metrics: list[Literal["accuracy", "f1", "perplexity"]] = Field(
+        default_factory=lambda: ["accuracy"],
+        min_length=1,
+        description="What is measured, the first one when settings are compared; f1 is the macro average, perplexity "
+        "that of the answers or texts (causal-lm; the default where there are no labels).",
     )
     every_rounds: int | None = Field(None, ge=1, description="Evaluate every this many rounds; null: only at the end.")
     on: Literal["global", "own"] = Field(
@@ -436,9 +516,7 @@ class Recipe(_Section):
     lora: LoraSection = Field(
         default_factory=LoraSection, description="Any field of peft.LoraConfig that the run does not set itself."
     )
-    data: DataSection = Field(
-        description="The labeled texts, how they are spread over the agents, and what is held out."
-    )
+    data: DataSection = Field(description="The samples, how they are spread over the agents, and what is held out.")
     network: NetworkSection = Field(description="The agents and who talks to whom.")
     algorithm: AlgorithmSection = Field(description="What a round does, and how many there are.")
     training: TrainingSection = Field(
@@ -446,7 +524,7 @@ class Recipe(_Section):
         description="Any field of transformers.TrainingArguments that the run does not set itself.",
     )
     evaluation: EvaluationSection = Field(
-        default_factory=EvaluationSection, description="What is measured, when, and on which texts."
+        default_factory=EvaluationSection, description="What is measured, when, and on which samples."
     )
     hub: HubSection = Field(
         default_factory=HubSection, description="Where the adapters are published; nothing is without a repo_id."
@@ -464,6 +542,75 @@ class Recipe(_Section):
         sections = [name for name, field in cls.model_fields.items() if _is_section(field.annotation)]
         empty = {name: {} for name in sections if tree.get(name) is None}
         return {**tree, **empty}
+
+    @property
+    def labeled(self) -> bool:
+        """Whether samples have classes; language models may learn texts without."""
+        return self.model.task != "causal-lm" or self.data.label_words is not None
+
+    @property
+    def samples(self) -> str:
+        """What the samples are called."""
+        return "images" if self.model.task.startswith("image-") else "texts"
+
+    @property
+    def text_columns(self) -> dict[str, str]:
+        """Columns that hold text -> the recipe key that names them."""
+        if self.model.task.startswith("image-"):
+            return {}
+        templates = {"data.prompt": self.data.prompt, "data.completion": self.data.completion}
+        named = {
+            column: key for key, text in templates.items() if text is not None for column in template_fields(text)
+        }
+        return named if self.data.prompt is not None else {self.data.text: "data.text"}
+
+    @model_validator(mode="after")
+    def _fits_the_task(self) -> "Recipe":
+        task, data, metrics = self.model.task, self.data, self.evaluation.metrics
+
+        def refuse(key: str, why: str, *others: str) -> None:
+            raise _ConflictError(why, key, "model.task", *others)
+
+        takes = {
+            "prompt": ("causal-lm", "image-text"),
+            "completion": ("causal-lm",),
+            "label_words": ("causal-lm", "image-text"),
+            "packing": ("causal-lm",),
+            "augment": ("image-classification", "image-text"),
+        }
+        for name, tasks in takes.items():
+            given = getattr(data, name)
+            if given not in (None, False, AugmentSection()) and task not in tasks:
+                refuse(f"data.{name}", f"it is for task {' and '.join(tasks)}, not {task}; leave it out")
+        if task == "image-text" and (data.prompt is None or template_fields(data.prompt) != ["label"]):
+            refuse("data.prompt", "image-text needs one with {label} in it, as 'a photo of a {label}.'")
+        if task == "causal-lm":
+            if data.completion is not None and data.label_words is not None:
+                refuse("data.completion", "the answer is either a completion or a label word; leave one out")
+            if data.prompt is None and (data.completion is not None or data.label_words is not None):
+                refuse("data.prompt", "missing; an answer needs a prompt before it, as '{text} Topic:'")
+            if data.prompt is not None and data.completion is None and data.label_words is None:
+                refuse("data.prompt", "needs an answer: data.completion or data.label_words")
+            if data.prompt is not None and data.prompt != data.prompt.rstrip():
+                refuse("data.prompt", "ends in white space, which belongs to the answer; move it there")
+            if data.packing and data.label_words is not None:
+                refuse("data.packing", "label words are scored text by text; set it to false")
+        if not self.labeled:
+            if "metrics" not in self.evaluation.model_fields_set:
+                self.evaluation.metrics = ["perplexity"]
+            elif set(metrics) != {"perplexity"}:
+                refuse("evaluation.metrics", "without data.label_words there are no classes; only perplexity is left")
+            if data.shots is not None:
+                refuse("data.shots", "it counts samples per label, and there are no labels; leave it out")
+        elif "perplexity" in metrics and task != "causal-lm":
+            refuse("evaluation.metrics", f"perplexity is for task causal-lm, not {task}")
+        if data.shots is not None and data.partition.kind == "files":
+            raise _ConflictError(
+                "it is taken before samples are spread, but each agent has its own file; leave it out",
+                "data.shots",
+                "data.source",
+            )
+        return self
 
     @model_validator(mode="after")
     def _someone_can_be_evaluated(self) -> "Recipe":
@@ -495,6 +642,21 @@ class Recipe(_Section):
                 "'validation' needs data.validation_size, which is 0", "evaluation.split", "data.validation_size"
             )
         return self
+
+
+def template_fields(template: str) -> list[str]:
+    """The columns that a template names in braces, in order. Raises `ValueError` for braces that name none."""
+    try:
+        parts = list(string.Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(
+            f"{template!r} is no template ({error}); write a column as {{text}}, a brace as {{{{"
+        ) from None
+    names = [(name, spec, conversion) for _, name, spec, conversion in parts if name is not None]
+    for name, spec, conversion in names:
+        if not name or spec or conversion or "." in name or "[" in name:
+            raise ValueError(f"{template!r} has a brace that names no column; write {{text}}, and a brace as {{{{")
+    return list(dict.fromkeys(name for name, _, _ in names))
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

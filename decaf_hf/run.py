@@ -10,24 +10,23 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from rich.console import Console
-from transformers import DataCollatorWithPadding
 
 from . import checkpoint, exchange
 from .card import loading_snippet, read_record, write_card
 from .config import DecentralizedConfig
-from .data import is_hub_source, tokenize
+from .data import is_hub_source
 from .errors import DecafError
 from .exchange import Processes
 from .files import write_text
 from .hub import publish, publish_command
-from .metrics import classification_metrics
+from .metrics import scores
 from .partition import print_partition
 from .publication import base_model_id
 from .push import PushCallback
 from .recipe import HubSection, Recipe, read_recipe, resolved_yaml
 from .report import write_report
 from .sites import Sites, load_sites
-from .tasks import load_model, lora_config, model_location
+from .tasks import load_task, lora_config, model_location
 from .trainer import DecentralizedTrainer
 
 
@@ -73,14 +72,14 @@ def _train(
             _empty(folder)
         write_text(folder / "recipe.yaml", resolved_yaml(recipe))
         partition = {
-            "labels": sites.labels,
+            "labels": sites.columns,
             "training_samples": sites.table.tolist(),
             "held_out": sites.describe(recipe.evaluation.split),
             "source_on_hub": is_hub_source(recipe.data.source),
         }
         write_text(folder / "partition.json", json.dumps(partition, indent=2) + "\n")
     exchange.barrier(processes)
-    print_partition(sites.table, sites.labels, console, sites.describe(recipe.evaluation.split))
+    print_partition(sites.table, sites.columns, console, sites.describe(recipe.evaluation.split))
     gap = trainer.schedule.spectral_gap
     console.print(f"{recipe.algorithm.name} on {trainer.schedule.topology}, spectral gap {gap:.3f}", highlight=False)
     push = None
@@ -131,22 +130,28 @@ def _publish(folder: Path, hub: HubSection, console: Console) -> None:
 
 def build_trainer(recipe: Recipe, sites: Sites, processes: Processes) -> DecentralizedTrainer:
     """The trainer of a recipe on its data; writes nothing but the empty run folder."""
-    model, tokenizer = exchange.together(processes, lambda: load_model(recipe, sites.labels))
+    task = exchange.together(processes, lambda: load_task(recipe, sites.labels))
 
-    def tokens(data):
+    def encode(data):
         if isinstance(data, list):
-            return [None if part is None else tokens(part) for part in data]
-        return tokenize(data, tokenizer, sites.text, recipe.data.max_length)
+            return [None if part is None else task.encode(part) for part in data]
+        return task.encode(data)
 
+    def encode_all():
+        return encode(sites.train), encode(sites.held_out[recipe.evaluation.split])
+
+    train, held_out = exchange.together(processes, encode_all)
     return DecentralizedTrainer(
-        model=model,
+        model=task.model,
         args=config_of(recipe),
-        peft_config=lora_config(recipe),
-        train_dataset=tokens(sites.train),
-        eval_dataset=tokens(sites.held_out[recipe.evaluation.split]),
-        data_collator=DataCollatorWithPadding(tokenizer),
-        processing_class=tokenizer,
-        compute_metrics=classification_metrics(recipe.evaluation.metrics),
+        peft_config=exchange.together(processes, lambda: lora_config(recipe, task.model)),
+        train_dataset=train,
+        eval_dataset=held_out,
+        data_collator=task.collate,
+        processing_class=task.processor,
+        compute_metrics=lambda prediction: scores(task.outcomes(prediction), recipe.evaluation.metrics),
+        preprocess_logits_for_metrics=task.reduce,
+        augment=task.augment,
     )
 
 
@@ -169,6 +174,7 @@ def config_of(recipe: Recipe) -> DecentralizedConfig:
         "report_to": "none",
         "per_device_eval_batch_size": 32,
         "dataloader_pin_memory": False,
+        "remove_unused_columns": recipe.samples == "texts",  # images become pixel_values as they are drawn
     }
     every = evaluation.every_rounds
     values = {
@@ -253,10 +259,10 @@ def _first_difference(before: dict, after: dict, where: str = "") -> str | None:
 
 def _say_end(console: Console, recipe: Recipe, trainer: DecentralizedTrainer) -> None:
     folder = recipe.run_folder
-    scores = trainer.evaluation["consensus"]
+    consensus = trainer.evaluation["consensus"]
     mean = trainer.evaluation["agents_mean"]
     console.print(
-        "\n".join(f"{name}: consensus {scores[name]:.3f}, agents' mean {mean[name]:.3f}" for name in scores),
+        "\n".join(f"{name}: consensus {consensus[name]:.3f}, agents' mean {mean[name]:.3f}" for name in consensus),
         highlight=False,
     )
     console.print(

@@ -23,12 +23,17 @@ from .seeds import stream_seed
 class Sites:
     """Encoded but not tokenized data sets; lists have one entry per agent, None where another process hosts it."""
 
-    labels: list[str]
+    labels: list[str]  # empty where samples have no classes
     train: list[Dataset | None]
     held_out: dict[str, Dataset | list[Dataset | None]]  # "test" and, if asked for, "validation"
-    table: np.ndarray  # (agents, labels) training samples
-    text: str = "text"  # column with the text
+    table: np.ndarray  # (agents, labels) training samples; (agents, 1) where they have no classes
+    samples: str = "texts"  # what the samples are called
     test_source: str | None = None  # where the test set is from, if it was not taken off the agents' data
+
+    @property
+    def columns(self) -> list[str]:
+        """What the columns of `table` count."""
+        return self.labels or [self.samples]
 
     def describe(self, part: str) -> str:
         """Say who judges on what."""
@@ -36,8 +41,8 @@ class Sites:
         if isinstance(data, list):
             return f"{part} set: a share of each agent's own data, seen by that agent alone"
         if self.test_source is not None and part == "test":
-            return f"test set: {len(data)} texts of {self.test_source}, the same for every adapter"
-        return f"{part} set: {len(data)} texts that no agent trains on, the same for every adapter"
+            return f"test set: {len(data)} {self.samples} of {self.test_source}, the same for every adapter"
+        return f"{part} set: {len(data)} {self.samples} that no agent trains on, the same for every adapter"
 
 
 def load_sites(recipe: Recipe, processes: Processes) -> Sites:
@@ -48,7 +53,7 @@ def load_sites(recipe: Recipe, processes: Processes) -> Sites:
         parts, test, labels = _read_files(recipe, processes, hosted)
     else:
         parts, test, labels = exchange.together(processes, lambda: _read_and_divide(recipe, hosted))
-    if len(labels) < 2:
+    if recipe.labeled and len(labels) < 2:
         raise DecafError(f"the data has a single label, {labels[0]!r} (data.label); classification needs two or more")
     sites = exchange.together(processes, lambda: _hold_out(recipe, parts, test, labels))
     return _with_table(sites, processes, hosted)
@@ -60,8 +65,10 @@ def _load(recipe: Recipe, source: str, split: str) -> Dataset:
         source,
         split=split,
         config=data.config,
-        text=data.text,
+        texts=recipe.text_columns,
+        image=data.image if recipe.samples == "images" else None,
         label=data.label,
+        labeled=recipe.labeled,
         encoding=data.encoding,
         encoding_errors=data.encoding_errors,
     )
@@ -84,7 +91,7 @@ def _read_files(
 
     def read():
         own = {agent: _load(recipe, agent_source(data.source, agent), data.split) for agent in hosted}
-        return own, _read_test(recipe), label_names([*own.values()], data.label)
+        return own, _read_test(recipe), label_names([*own.values()], data.label) if recipe.labeled else []
 
     own, test, found = exchange.together(processes, read)
     known = exchange.gather_objects(processes, found)
@@ -93,8 +100,8 @@ def _read_files(
 
     def encode():
         for agent, part in own.items():
-            parts[agent] = encode_labels(part, data.label, labels)
-        return None if test is None else encode_labels(test, data.label, labels)
+            parts[agent] = _encoded(recipe, part, labels)
+        return _encoded(recipe, test, labels)
 
     return parts, exchange.together(processes, encode), labels
 
@@ -103,17 +110,18 @@ def _read_and_divide(recipe: Recipe, hosted: range) -> tuple[list[Dataset | None
     """One source divided among the agents; with `evaluation.on: global` the held-out part is taken off first."""
     data = recipe.data
     whole, test = _load(recipe, data.source, data.split), _read_test(recipe)
-    labels = data.labels or label_names([whole], data.label)
-    whole = encode_labels(whole, data.label, labels)
-    test = None if test is None else encode_labels(test, data.label, labels)
+    labels = (data.labels or label_names([whole], data.label)) if recipe.labeled else []
+    whole, test = _encoded(recipe, whole, labels), _encoded(recipe, test, labels)
     if recipe.evaluation.on == "global":
         if test is None:
             whole, test = hold_out(whole, data.test_size, data.split_seed, name="data.test_size")
         if data.validation_size:
             whole, validation = hold_out(whole, data.validation_size, data.split_seed, name="data.validation_size")
             test = {"test": test, "validation": validation}
+    if data.shots is not None:
+        whole = _few_shot(recipe, whole, labels)
     by = data.partition.by
-    column = "labels" if by == data.label else by
+    column = "labels" if by == data.label and recipe.labeled else by
     if column is not None and by != data.label and column == "labels":
         raise DecafError("data.partition.by: a column named 'labels' would be mistaken for the classes; rename it")
     if column is not None and column not in whole.column_names:
@@ -131,11 +139,34 @@ def _read_and_divide(recipe: Recipe, hosted: range) -> tuple[list[Dataset | None
     return parts, test, labels
 
 
+def _encoded(recipe: Recipe, rows: Dataset | None, labels: list[str]) -> Dataset | None:
+    return rows if rows is None or not recipe.labeled else encode_labels(rows, recipe.data.label, labels)
+
+
+def _few_shot(recipe: Recipe, whole: Dataset, labels: list[str]) -> Dataset:
+    """Keep `data.shots` samples per label and agent, drawn with the recipe's seed."""
+    count = recipe.data.shots * recipe.network.agents
+    rng = np.random.default_rng(stream_seed(recipe.seed, "shots"))
+    order = rng.permutation(len(whole))
+    own = np.asarray(whole["labels"])[order]
+    kept = []
+    for number, label in enumerate(labels):
+        found = order[own == number]
+        if len(found) < count:
+            raise DecafError(
+                f"data.shots={recipe.data.shots} for {recipe.network.agents} agents needs {count} training samples of "
+                f"each label, but {label!r} has {len(found)}; lower data.shots or network.agents"
+            )
+        kept.append(found[:count])
+    return whole.select(np.sort(np.concatenate(kept)))
+
+
 def _hold_out(recipe: Recipe, parts: list[Dataset | None], test: object, labels: list[str]) -> Sites:
     data = recipe.data
     if recipe.evaluation.on == "global":
         held_out = test if isinstance(test, dict) else {"test": test}
-        return Sites(labels, parts, held_out, np.empty(0), data.text, data.test_source or data.test_split)
+        source = data.test_source or data.test_split
+        return Sites(labels, parts, held_out, np.empty(0), recipe.samples, source)
     held_out = {"test": [None] * len(parts)}
     train: list[Dataset | None] = [None] * len(parts)
     if data.validation_size:
@@ -147,12 +178,14 @@ def _hold_out(recipe: Recipe, parts: list[Dataset | None], test: object, labels:
         for name in held_out:
             part, held_out[name][agent] = hold_out(part, getattr(data, f"{name}_size"), seed, name=f"data.{name}_size")
         train[agent] = part
-    return Sites(labels, train, held_out, np.empty(0), data.text)
+    return Sites(labels, train, held_out, np.empty(0), recipe.samples)
 
 
 def _with_table(sites: Sites, processes: Processes, hosted: range) -> Sites:
-    counts = {agent: np.asarray(sites.train[agent]["labels"]) for agent in hosted}
-    table = label_table([counts[agent] for agent in hosted], len(sites.labels))
+    if sites.labels:
+        table = label_table([np.asarray(sites.train[agent]["labels"]) for agent in hosted], len(sites.labels))
+    else:
+        table = np.array([[len(sites.train[agent])] for agent in hosted])
     everyone = exchange.gather_objects(processes, table)
     sites.table = np.concatenate(everyone)[: len(sites.train)]
     return sites

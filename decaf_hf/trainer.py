@@ -9,7 +9,7 @@ import copy
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,17 @@ from .config import DecentralizedConfig
 from .errors import DecafError
 from .hosting import Hosting
 from .hub import publish
+from .metrics import LOWER_IS_BETTER
 from .mixing import MixingSchedule, complete_schedule, identity_schedule, mixing_schedule
 from .partition import partition
 from .recipe import HubSection
 from .rounds import Network, RoundCallback
-from .sampling import AgentMajorSampler
+from .sampling import AgentMajorSampler, Augmented
 from .seeds import graph_seed, stream_seed
 from .summary import versions, write_summary
 
-ROW_WISE_LOSSES = ("ForSequenceClassification",)  # losses known to be a function of each row's own logits
+# losses known to be a mean over rows or tokens, each a function of its own logits
+ROW_WISE_LOSSES = ("ForSequenceClassification", "ForImageClassification", "ForCausalLM")
 
 
 class DecentralizedMixin:
@@ -53,6 +55,7 @@ class DecentralizedMixin:
         eval_dataset: Any = None,
         *pos_args: Any,
         peft_config: LoraConfig | None = None,
+        augment: Callable[[Any, int], Any] | None = None,
         **kwargs: Any,
     ):
         """Everything a Trainer takes, and:
@@ -60,7 +63,9 @@ class DecentralizedMixin:
         `peft_config`: the LoRA adapter each agent trains (or pass a PeftModel with one adapter, from which all start).
         `train_dataset`: one data set to partition, or a list with one per agent (entries of agents that other
         processes host may be None). `eval_dataset`: one data set on which every adapter is judged, or a list with each
-        agent's own. Raises `DecafError` before anything is written.
+        agent's own. `augment`: changes a training row at random, a function of (row, seed); the seed follows from the
+        agent and the draw, so that it is the same in a batch, in turn, on any process and after a resume. Raises
+        `DecafError` before anything is written.
         """
         if not isinstance(args, DecentralizedConfig):
             raise DecafError(f"args must be a DecentralizedConfig, got {type(args).__name__}")
@@ -102,7 +107,9 @@ class DecentralizedMixin:
         )
         self.evaluation: dict[str, Any] | None = None  # the newest one, as it stands in metrics.jsonl
         self._evaluated_step: int | None = None
+        self._augment = augment
         self._losses: list[Tensor] = []  # (hosted agents,) per micro-batch since the last round
+        self._tokens: Tensor | None = None  # (hosted agents,) of a language model's step, all micro-batches
         self._micro_step = 0
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
@@ -181,8 +188,11 @@ class DecentralizedMixin:
             seed=args.seed if args.data_seed is None else args.data_seed,
             first_batch=self._first_batch_of_epoch,
         )
+        dataset = self.train_dataset
+        if self._augment is not None:
+            dataset, sampler.draws = Augmented(dataset, self._augment), True
         return self._get_dataloader(
-            dataset=self.train_dataset,
+            dataset=dataset,
             description="Training",
             batch_size=args.agent_batch_size * len(self.agents),
             sampler_fn=lambda _: sampler,
@@ -194,6 +204,22 @@ class DecentralizedMixin:
         return epoch * self.steps_per_epoch * self.args.gradient_accumulation_steps
 
     # ---- one step
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """As `Trainer.get_batch_samples`; counts each agent's own tokens besides."""
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._tokens = None
+        if self._counts_tokens and batches and "labels" in batches[0]:
+            told = [batch["labels"][:, 1:].ne(-100) for batch in batches]  # what a token predicts is the next one
+            agents = range(len(self.agents))
+            self._tokens = torch.stack(
+                [sum(part.chunk(len(self.agents))[agent].sum() for part in told) for agent in agents]
+            ).to(device)
+        return batches, count
+
+    @property
+    def _counts_tokens(self) -> bool:
+        return getattr(self.model.get_base_model(), "loss_type", None) == "ForCausalLM"
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward for every hosted agent; returns the mean of their losses, as the Trainer's own does
@@ -214,8 +240,9 @@ class DecentralizedMixin:
             losses = []
             for index, agent in enumerate(self.agents):
                 rows = self.hosting.rows(inputs, index)
+                tokens = None if self._tokens is None else self._tokens[index]
                 with self.hosting.alone(agent, rows):
-                    losses.append(super().training_step(model, rows))
+                    losses.append(super().training_step(model, rows, tokens))
             losses = torch.stack(losses) * accumulated  # the Trainer divided them
         self._check_finite(losses)
         self._losses.append(losses)
@@ -226,14 +253,14 @@ class DecentralizedMixin:
     ):
         """In a shared batch the sum of the agents' own losses, so that each adapter gets exactly its own gradient."""
         if not self.hosting.sharing:
-            return super().compute_loss(model, inputs, return_outputs=return_outputs)
+            answer = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return answer if num_items_in_batch is None else answer * self.current_gradient_accumulation_steps
         labels = inputs.pop("labels")
-        outputs = model(**inputs)
+        outputs = self.hosting.forward(model, inputs)
         count = len(self.agents)
-        losses = []
-        for logits, own_labels in zip(outputs["logits"].chunk(count), labels.chunk(count), strict=True):
-            losses.append(self._rows_loss(logits, own_labels))
-        losses = torch.stack(losses)
+        tokens = [None] * count if self._tokens is None else self._tokens
+        parts = zip(outputs["logits"].chunk(count), labels.chunk(count), tokens, strict=True)
+        losses = torch.stack([self._rows_loss(*part) for part in parts])
         self._agent_losses = losses.detach()
         return losses.sum()
 
@@ -247,13 +274,22 @@ class DecentralizedMixin:
         losses, self._losses = self._losses, []
         return torch.stack(losses).mean().item() if losses else math.nan
 
-    def _rows_loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        if self.compute_loss_func is not None:
-            return self.compute_loss_func({"logits": logits}, labels, num_items_in_batch=None)
-        if self.label_smoother is not None:
-            return self.label_smoother({"logits": logits}, labels)
+    def _rows_loss(self, logits: Tensor, labels: Tensor, tokens: Tensor | None) -> Tensor:
+        """One agent's loss of one micro-batch; `tokens` are those of all micro-batches of the step, which the Trainer
+        divides by in the number of micro-batches."""
         base = self.model.get_base_model()
-        return base.loss_function(labels=labels, pooled_logits=logits, config=base.config)
+        accumulated = 1 if tokens is None else self.current_gradient_accumulation_steps
+        if self.compute_loss_func is not None:
+            loss = self.compute_loss_func({"logits": logits}, labels, num_items_in_batch=tokens)
+        elif self.label_smoother is not None:
+            shift = self._counts_tokens
+            loss = self.label_smoother({"logits": logits}, labels, shift_labels=shift, num_items_in_batch=tokens)
+        elif self._counts_tokens:
+            size = base.config.get_text_config().vocab_size
+            loss = base.loss_function(logits=logits, labels=labels, vocab_size=size, num_items_in_batch=tokens)
+        else:
+            loss = base.loss_function(labels=labels, pooled_logits=logits, config=base.config)
+        return loss * accumulated
 
     def _loss_obstacle(self) -> str | None:
         """Why the loss cannot be cut into the agents' own, or None."""
@@ -300,8 +336,8 @@ class DecentralizedMixin:
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Judge the consensus and every agent; the metrics name which: `eval_consensus_accuracy`, `eval_agent3_loss`,
-        `eval_agents_mean_accuracy`, `eval_agents_min_accuracy`. `self.evaluation` holds the same, nested, when it is
-        the trainer's own held-out data that was judged."""
+        `eval_agents_mean_accuracy`, `eval_agents_min_accuracy`, `eval_agents_max_loss`. `self.evaluation` holds the
+        same, nested, when it is the trainer's own held-out data that was judged."""
         data = self.eval_dataset if eval_dataset is None else self._hosted_eval(eval_dataset, self.args)
         if data is None:
             raise DecafError("evaluation needs an eval_dataset")
@@ -310,7 +346,7 @@ class DecentralizedMixin:
             self.evaluation, self._evaluated_step = judged, self.state.global_step
         flat = {
             f"{metric_key_prefix}_{who}_{metric}": value
-            for who in ("consensus", "agents_mean", "agents_min")
+            for who in ("consensus", "agents_mean", "agents_min", "agents_max")
             for metric, value in judged[who].items()
         }
         for agent, metrics in enumerate(judged["agents"]):
@@ -348,7 +384,9 @@ class DecentralizedMixin:
             "consensus": consensus,
             "agents": per_agent,
             "agents_mean": {n: sum(metrics[n] for metrics in per_agent) / len(per_agent) for n in names},
-            "agents_min": {n: min(metrics[n] for metrics in per_agent) for n in names if n != "loss"},
+            # the worst agent, whichever way is worse
+            "agents_min": {n: min(metrics[n] for metrics in per_agent) for n in names if n not in LOWER_IS_BETTER},
+            "agents_max": {n: max(metrics[n] for metrics in per_agent) for n in names if n in LOWER_IS_BETTER},
         }
 
     def _metrics(self, name: str, data: Any, ignore_keys: list[str] | None) -> dict[str, float]:

@@ -38,7 +38,8 @@ WRITERS = {
 
 
 def load(source, **options) -> Dataset:
-    return load_source(str(source), **{"text": "text", "label": "label", **options})
+    text = options.pop("text", "text")
+    return load_source(str(source), **{"texts": {text: "data.text"}, "label": "label", **options})
 
 
 def write_texts(folder, texts: dict[str, bytes]):

@@ -19,7 +19,7 @@ from transformers import pipeline
 
 from decaf_hf.errors import DecafError
 from decaf_hf.evaluation import evaluate_adapters, print_evaluation, write_evaluation
-from decaf_hf.metrics import METRICS, Accuracy, resampled_scores
+from decaf_hf.metrics import METRICS, Accuracy, Outcomes, resampled_scores
 from decaf_hf.recipe import read_recipe
 
 from .tiny_recipe import LABELS, TEXTS, command, owned_rows, tree, write_csv, write_recipe
@@ -70,7 +70,7 @@ def published(run: Path, folder: Path) -> Path:
 def assert_scores_of_the_run(result: dict, run: Path) -> None:
     expected = json.loads((run / "summary.json").read_text(encoding="utf-8"))["eval"]
     values = {
-        **{who: result[who] for who in ("on", "agents_mean", "agents_min")},
+        **{who: result[who] for who in ("on", "agents_mean", "agents_min", "agents_max")},
         "consensus": {metric: score["value"] for metric, score in result["consensus"].items()},
         "agents": [{metric: score["value"] for metric, score in scores.items()} for scores in result["agents"]],
     }
@@ -187,7 +187,7 @@ def test_sources_per_agent_are_refused(run):
 def test_resampling_rows_by_hand():
     generator, again = np.random.default_rng(3), np.random.default_rng(3)
     references, predictions = np.array([0, 0, 1, 2, 2]), np.array([0, 1, 1, 2, 0])
-    scores = resampled_scores(predictions, references, 50, generator)
+    scores = resampled_scores(Outcomes(predictions, references), ["accuracy", "f1"], 50, generator)
     # all five pairs (reference, prediction) differ; sorted: 00 01 11 20 22
     drawn = again.multinomial(5, [0.2] * 5, size=50)
     assert len(np.unique(drawn, axis=0)) > 20
@@ -202,14 +202,25 @@ def test_equal_rows_are_drawn_as_often_as_they_occur():
     # 30 of 40 right: the number of right rows in a resample is binomial(40, 3/4)
     references = np.zeros(40, dtype=int)
     predictions = np.repeat([0, 1], [30, 10])
-    drawn = resampled_scores(predictions, references, 20000, np.random.default_rng(0))["accuracy"]
+    outcomes = Outcomes(predictions, references)
+    drawn = resampled_scores(outcomes, ["accuracy"], 20000, np.random.default_rng(0))["accuracy"]
     assert drawn.mean() == pytest.approx(0.75, abs=5 * np.sqrt(0.75 * 0.25 / 40 / 20000))
     assert drawn.std() == pytest.approx(np.sqrt(0.75 * 0.25 / 40), rel=0.03)
 
 
 def test_every_metric_of_recipes_can_be_resampled():
-    one = resampled_scores(np.array([0, 1]), np.array([0, 1]), 2, np.random.default_rng(0))
-    assert set(one) == set(METRICS)
+    classes, numbers = np.array([0, 1]), np.array([1.0, 2.0])
+    outcomes = Outcomes(classes, classes, nll=numbers, tokens=classes + 1)
+    assert set(resampled_scores(outcomes, list(METRICS), 2, np.random.default_rng(0))) == set(METRICS)
+
+
+def test_perplexity_is_resampled_row_by_row():
+    outcomes = Outcomes(nll=np.array([1.0, 6.0, 2.0]), tokens=np.array([1, 3, 2]))
+    drawn = np.random.default_rng(3).multinomial(3, [1 / 3] * 3, size=50)
+    found = resampled_scores(outcomes, ["perplexity"], 50, np.random.default_rng(3))["perplexity"]
+    for times, value in zip(drawn, found, strict=True):
+        rows = np.repeat([0, 1, 2], times)
+        assert value == pytest.approx(np.exp(outcomes.nll[rows].sum() / outcomes.tokens[rows].sum()))
 
 
 def test_the_interval_is_the_percentiles_of_the_resamples(run, tmp_path):

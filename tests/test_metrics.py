@@ -10,7 +10,7 @@ import pytest
 from transformers import EvalPrediction
 
 from decaf_hf.errors import DecafError
-from decaf_hf.metrics import F1, METRICS, Accuracy, ExactMatch, Perplexity, classification_metrics, hub_metric
+from decaf_hf.metrics import F1, METRICS, Accuracy, ExactMatch, Perplexity, class_outcomes, hub_metric, scores
 
 # Class 0: precision 2/3, recall 2/2, F1 0.8. Class 1: 1/2, 1/3, 0.4. Class 2: 0/1, 0/1, 0.
 REFERENCES, PREDICTIONS = [0, 0, 1, 1, 1, 2], [0, 0, 1, 0, 2, 1]
@@ -128,8 +128,9 @@ def test_compute_metrics_takes_the_largest_logit():
     logits = np.full((6, 3), -5.0)
     logits[np.arange(6), PREDICTIONS] = -1.0
     prediction = EvalPrediction(predictions=logits, label_ids=np.array(REFERENCES))
-    assert classification_metrics(["f1", "accuracy"])(prediction) == {"f1": pytest.approx(0.4), "accuracy": 0.5}
-    assert set(classification_metrics(["accuracy"])(prediction)) == {"accuracy"}
+    outcomes = class_outcomes(prediction)
+    assert scores(outcomes, ["f1", "accuracy"]) == {"f1": pytest.approx(0.4), "accuracy": 0.5}
+    assert set(scores(outcomes, ["accuracy"])) == {"accuracy"}
 
 
 def test_recipes_offer_exactly_these_metrics():

@@ -6,15 +6,27 @@ from peft import LoraConfig, TaskType
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
     GPT2Config,
     GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     OPTConfig,
     OPTForSequenceClassification,
+    VisionTextDualEncoderModel,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
 )
 
 from decaf_hf import DecentralizedConfig, DecentralizedTrainer
 
 VOCABULARY, LABELS = 40, 3
+PIXELS = 8  # height and width of images
+ENCODER = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 
 
 def bert(dtype: torch.dtype = torch.float64, dropout: float = 0.1) -> BertForSequenceClassification:
@@ -58,6 +70,51 @@ def opt(dtype: torch.dtype = torch.float64) -> OPTForSequenceClassification:
         attention_dropout=0.3,
     )
     return OPTForSequenceClassification(config).to(dtype)
+
+
+def llama(dtype: torch.dtype = torch.float64) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        **ENCODER, vocab_size=VOCABULARY, max_position_embeddings=32, bos_token_id=None, eos_token_id=1, pad_token_id=0
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def gpt2_lm(dtype: torch.dtype = torch.float64) -> GPT2LMHeadModel:
+    """Learned positions, which padding on the left would shift."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=1
+    )
+    return GPT2LMHeadModel(config).to(dtype)
+
+
+def vit(dtype: torch.dtype = torch.float64) -> ViTForImageClassification:
+    torch.manual_seed(0)
+    config = ViTConfig(**ENCODER, image_size=PIXELS, patch_size=4, num_labels=LABELS)
+    return ViTForImageClassification(config).to(dtype)
+
+
+def clip(dtype: torch.dtype = torch.float64) -> CLIPModel:
+    torch.manual_seed(0)
+    text = {
+        **ENCODER,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 16,
+        "bos_token_id": 1,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+    }
+    vision = {**ENCODER, "image_size": PIXELS, "patch_size": 4}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).to(dtype)
+
+
+def dual_encoder(dtype: torch.dtype = torch.float64) -> VisionTextDualEncoderModel:
+    torch.manual_seed(0)
+    vision = ViTModel(ViTConfig(**ENCODER, image_size=PIXELS, patch_size=4))
+    text = BertModel(BertConfig(**ENCODER, vocab_size=VOCABULARY, max_position_embeddings=16))
+    model = VisionTextDualEncoderModel(vision_model=vision, text_model=text)
+    return model.to(dtype)
 
 
 def texts(count: int, seed: int) -> Dataset:

@@ -5,11 +5,14 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from PIL import Image
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from decaf_hf.cli import main
 
@@ -28,15 +31,51 @@ def words(label: str, index: int) -> str:
     return " ".join([*picked, common[index // 7 % 10]][: 3 + index % 3])
 
 
-def write_model(folder: Path) -> None:
-    """The BERT of `tiny` in float32 with a tokenizer that knows the words of the texts."""
-    known = ["[PAD]", "[UNK]", *COMMON.split(), *" ".join(TOPIC.values()).split()]
+def tokenizer(*special: str, **roles: str) -> PreTrainedTokenizerFast:
+    """One that knows the words of the texts."""
+    known = ["[PAD]", *special, "[UNK]", *COMMON.split(), *" ".join(TOPIC.values()).split()]
     assert len(known) <= tiny.VOCABULARY
     inner = Tokenizer(WordLevel({word: number for number, word in enumerate(known)}, unk_token="[UNK]"))
     inner.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
-    tiny.bert(dtype=tiny.torch.float32).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]", **roles)
+
+
+def write_model(folder: Path, task: str = "text-classification") -> None:
+    """A model of `tiny` in float32 and what reads its inputs."""
+    if task == "text-classification":
+        tiny.bert(dtype=tiny.torch.float32).save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+    elif task == "causal-lm":
+        tiny.llama(dtype=tiny.torch.float32).save_pretrained(folder)
+        tokenizer("[EOS]", eos_token="[EOS]").save_pretrained(folder)
+    elif task == "image-classification":
+        tiny.vit(dtype=tiny.torch.float32).vit.save_pretrained(folder)
+        ViTImageProcessorPil(size={"height": tiny.PIXELS, "width": tiny.PIXELS}).save_pretrained(folder)
+    else:
+        tiny.dual_encoder(dtype=tiny.torch.float32).save_pretrained(folder)
+        tokenizer().save_pretrained(folder)
+        ViTImageProcessorPil(size={"height": tiny.PIXELS, "width": tiny.PIXELS}).save_pretrained(folder)
+
+
+def write_images(folder: Path, count: int = TEXTS) -> None:
+    """A folder per label with an image per file: a bright row whose place tells the label, on noise."""
+    rng = np.random.default_rng(0)
+    for number, label in enumerate(LABELS):
+        (folder / label).mkdir(parents=True)
+        for index in range(count):
+            pixels = rng.integers(0, 100, (tiny.PIXELS, tiny.PIXELS, 3), dtype=np.uint8)
+            pixels[2 * number + 1] += 150
+            Image.fromarray(pixels).save(folder / label / f"{index:02}.png")
+
+
+# What a recipe of another task than text classification says besides; PROMPTED asks for classes by words.
+PROMPTED = {"prompt": "{text} topic", "label_words": {"art": " museum", "bio": " gene", "law": " judge"}}
+SECTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "text-classification": {},
+    "causal-lm": {"lora": {"target_modules": ["q_proj", "v_proj"]}, "data": PROMPTED},
+    "image-classification": {"lora": {"target_modules": ["q_proj", "v_proj"]}},
+    "image-text": {"lora": {"target_modules": ["q_proj", "query"]}, "data": {"prompt": "the {label}"}},
+}
 
 
 def write_texts(folder: Path) -> None:
@@ -58,26 +97,27 @@ def owned_rows(owners: list[str], count: int) -> list[tuple[str, str, str]]:
     return [(words(LABELS[index % 3], index), LABELS[index % 3], owner) for owner in owners for index in range(count)]
 
 
-def write_recipe(folder: Path, **sections: dict[str, Any]) -> Path:
-    """Model, texts and a recipe of three agents on a ring, two rounds of two local steps; its path.
+def write_recipe(folder: Path, task: str = "text-classification", **sections: dict[str, Any]) -> Path:
+    """Model, samples and a recipe of three agents on a ring, two rounds of two local steps; its path.
 
     `sections` replace keys of the recipe's sections.
     """
+    samples = "images" if task.startswith("image-") else "texts"
     if not (folder / "model").exists():
-        write_model(folder / "model")
-        write_texts(folder / "texts")
+        write_model(folder / "model", task)
+        write_images(folder / samples) if samples == "images" else write_texts(folder / samples)
     recipe: dict[str, Any] = {
         "name": "tiny",
         "output_dir": str(folder / "run"),
-        "model": {"name_or_path": str(folder / "model")},
+        "model": {"name_or_path": str(folder / "model"), "task": task},
         "lora": {"r": 2, "lora_alpha": 4, "target_modules": ["query", "value"]},
-        "data": {"source": str(folder / "texts"), "max_length": 8, "test_size": 15},
+        "data": {"source": str(folder / samples), "max_length": 8, "test_size": 15},
         "network": {"agents": 3},
         "algorithm": {"name": "decaf", "local_steps": 2, "rounds": 2},
         "training": {"learning_rate": 0.01, "per_device_train_batch_size": 3, "disable_tqdm": True, "use_cpu": True},
         "evaluation": {"metrics": ["accuracy", "f1"]},
     }
-    for name, section in sections.items():
+    for name, section in [*SECTIONS[task].items(), *sections.items()]:
         recipe[name] = {**recipe.get(name, {}), **section} if isinstance(section, dict) else section
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
