@@ -1,13 +1,15 @@
 """Images: reading and augmenting them, and dual encoders that tell classes by prompts."""
 
+import struct
 from collections.abc import Callable, Mapping
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import torch
-from datasets import Dataset
+from datasets import Dataset, Image
 from torch import Tensor
 from transformers import BatchEncoding, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
@@ -20,8 +22,8 @@ ASPECTS = (3 / 4, 4 / 3)  # of a random crop, as torchvision's RandomResizedCrop
 
 
 def encode(rows: Dataset, column: str) -> Dataset:
-    """Keep the image and `labels`; images are decoded when they are looked at."""
-    kept = rows.select_columns([column, "labels"])
+    """Keep the image, not yet decoded, and `labels`."""
+    kept = rows.select_columns([column, "labels"]).cast_column(column, Image(decode=False))
     return kept if column == "image" else kept.rename_column(column, "image")
 
 
@@ -29,10 +31,7 @@ def collator(processor: BaseImageProcessor) -> Callable[[list[Mapping[str, Any]]
     """A collator for rows of `encode`: `pixel_values (rows, 3, height, width)` and `labels`."""
 
     def collate(rows: list[Mapping[str, Any]]) -> dict[str, Tensor]:
-        try:
-            images = [row["image"].convert("RGB") for row in rows]
-        except OSError as error:
-            raise DecafError(f"an image of the data cannot be read: {error}; mend or remove it") from error
+        images = [_opened(row["image"]) for row in rows]
         pixels = processor(images=images, return_tensors="pt")["pixel_values"]
         return {"pixel_values": pixels, "labels": torch.tensor([row["labels"] for row in rows])}
 
@@ -49,7 +48,7 @@ def augmenter(
 
     def augment(row: dict[str, Any], seed: int) -> dict[str, Any]:
         rng = np.random.default_rng(seed)
-        image = row["image"].convert("RGB")
+        image = _opened(row["image"])
         if section.crop is not None:
             image = image.resize(size, PIL.Image.Resampling.BICUBIC, box=random_box(image.size, section.crop, rng))
         if section.flip and rng.random() < 0.5:
@@ -104,6 +103,18 @@ def answer_by_prompts(model: PreTrainedModel, prompts: BatchEncoding) -> None:
         return ImageClassifierOutput(loss=loss, logits=logits)
 
     model.forward = forward
+
+
+def _opened(image: PIL.Image.Image | Mapping[str, Any]) -> PIL.Image.Image:
+    """An image in RGB, the way it is meant to be looked at. Raises `DecafError` naming a file that cannot be read."""
+    if isinstance(image, PIL.Image.Image):
+        return image.convert("RGB")
+    try:
+        opened = PIL.Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"]))
+        return PIL.ImageOps.exif_transpose(opened).convert("RGB")
+    except (OSError, SyntaxError, ValueError, struct.error) as error:  # what Pillow raises for damaged files
+        name = image["path"] or "an image without a name"
+        raise DecafError(f"an image of the data cannot be read ({name}): {error}; mend or remove it") from error
 
 
 def _input_size(processor: BaseImageProcessor) -> tuple[int, int]:

@@ -64,8 +64,9 @@ def encode(
     encoded: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
     for row in rows:
         if data.prompt is None:
-            prompt, answer = [], [*tokenizer(row[data.text])["input_ids"], *end]
-            answer = answer if data.packing else answer[: data.max_length]
+            # Nothing stands before the first token, so it is given and not asked for.
+            (first, *rest) = [*tokenizer(row[data.text])["input_ids"], *end]
+            prompt, answer = [first], rest if data.packing else rest[: data.max_length - 1]
         elif words is not None:
             answer = list(words[row["labels"]])
             prompt = _prompt(row, data, tokenizer, data.max_length - len(answer))

@@ -595,6 +595,8 @@ class Recipe(_Section):
                 refuse("data.prompt", "ends in white space, which belongs to the answer; move it there")
             if data.packing and data.label_words is not None:
                 refuse("data.packing", "label words are scored text by text; set it to false")
+        if self.samples == "images" and data.image == data.label:
+            refuse("data.image", f"{data.image!r} is the label column too; name another", "data.label")
         if not self.labeled:
             if "metrics" not in self.evaluation.model_fields_set:
                 self.evaluation.metrics = ["perplexity"]

@@ -181,6 +181,7 @@ def config_of(recipe: Recipe) -> DecentralizedConfig:
         **defaults,
         **given,
         "output_dir": str(recipe.run_folder),
+        "label_names": ["labels"],  # a dual encoder's class has none of its own
         "seed": recipe.seed,
         "num_agents": network.agents,
         "topology": network.topology,

@@ -154,6 +154,13 @@ def _image_text(recipe: Recipe, labels: list[str]) -> Task:
     longest = getattr(model.config.text_config, "max_position_embeddings", None)
     if longest is not None and prompts["input_ids"].shape[1] > longest:
         raise DecafError(f"data.prompt: the longest has {prompts['input_ids'].shape[1]} tokens, the model {longest}")
+    rows = [tuple(row) for row in prompts["input_ids"].tolist()]
+    for index, row in enumerate(rows):
+        if rows.index(row) < index:
+            raise DecafError(
+                f"data.prompt: {said[rows.index(row)]!r} and {said[index]!r} are the same to the tokenizer; say them "
+                "otherwise with data.label_words"
+            )
     images.answer_by_prompts(model, prompts)
     return _image_task(recipe, model, processor)
 

@@ -71,6 +71,8 @@ class DecentralizedMixin:
             raise DecafError(f"args must be a DecentralizedConfig, got {type(args).__name__}")
         if not isinstance(model, nn.Module):
             raise DecafError("model must be a loaded model; model_init is not supported: all agents share one base")
+        if args.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
+            raise DecafError(f"{type(model).__name__} has no gradient_checkpointing; leave it out")
         if (kwargs.get("optimizers") or (None, None))[0] is not None:
             raise DecafError("the agents' adapters are made here: pass optimizer_cls_and_kwargs, not optimizers")
         self.processes = args.processes
@@ -254,7 +256,8 @@ class DecentralizedMixin:
         """In a shared batch the sum of the agents' own losses, so that each adapter gets exactly its own gradient."""
         if not self.hosting.sharing:
             answer = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            return answer if num_items_in_batch is None else answer * self.current_gradient_accumulation_steps
+            judging = return_outputs or num_items_in_batch is None
+            return answer if judging else answer * self.current_gradient_accumulation_steps
         labels = inputs.pop("labels")
         outputs = self.hosting.forward(model, inputs)
         count = len(self.agents)

@@ -74,7 +74,10 @@ SECTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "text-classification": {},
     "causal-lm": {"lora": {"target_modules": ["q_proj", "v_proj"]}, "data": PROMPTED},
     "image-classification": {"lora": {"target_modules": ["q_proj", "v_proj"]}},
-    "image-text": {"lora": {"target_modules": ["q_proj", "query"]}, "data": {"prompt": "the {label}"}},
+    "image-text": {
+        "lora": {"target_modules": ["q_proj", "query"]},
+        "data": {"prompt": "the {label}", "label_words": {"art": "museum", "bio": "gene", "law": "judge"}},
+    },
 }
 
 
