@@ -15,6 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .errors import DecafError
 from .files import write_text
+from .images import class_prompts
 from .recipe import HubSection, Recipe, read_recipe
 from .rounds import read_metrics
 from .tasks import KINDS, Kind, model_location
@@ -180,8 +181,7 @@ def _prompts(record: Record) -> str | None:
         return None
     data = record.recipe.data
     if record.recipe.model.task == "image-text":
-        words = data.label_words or {}
-        said = [data.prompt.format(label=words.get(label, label)) for label in record.labels]
+        said = class_prompts(data, record.labels)
     else:
         given = {"prompt": data.prompt, "completion": data.completion, "label_words": data.label_words}
         said = {name: value for name, value in given.items() if value is not None}

@@ -1,7 +1,8 @@
 """Images: reading and augmenting them, and dual encoders that tell classes by prompts."""
 
+import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.modeling_outputs import ImageClassifierOutput
 
 from .errors import DecafError
-from .recipe import AugmentSection
+from .recipe import AugmentSection, DataSection
 
 ASPECTS = (3 / 4, 4 / 3)  # of a random crop, as torchvision's RandomResizedCrop
 
@@ -78,6 +79,12 @@ def random_box(
     w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
     left, top = (width - w) // 2, (height - h) // 2
     return left, top, left + w, top + h
+
+
+def class_prompts(data: DataSection, labels: Sequence[str]) -> list[str]:
+    """What is said of each label: `apple_pie` and `ApplyLipstick` become words, unless `label_words` has others."""
+    words = {label: re.sub(r"(?<=[a-z])(?=[A-Z])", " ", label).replace("_", " ") for label in labels}
+    return [data.prompt.format(label=word) for word in (words | (data.label_words or {})).values()]
 
 
 def answer_by_prompts(model: PreTrainedModel, prompts: BatchEncoding) -> None:

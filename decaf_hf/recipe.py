@@ -305,7 +305,8 @@ class DataSection(_Section):
         None,
         min_length=1,
         description="How a label is said: in causal-lm the answer, usually with a space before it (needed for "
-        "classification), in image-text what {label} stands for (the label itself when not given).",
+        "classification), in image-text what {label} stands for (when not given the label, with spaces for "
+        "underscores and before inner capitals).",
     )
     packing: bool = Field(
         False, description="causal-lm: join an agent's texts into blocks of max_length tokens; not for label_words."
@@ -313,8 +314,8 @@ class DataSection(_Section):
     shots: int | None = Field(
         None,
         ge=1,
-        description="Few-shot: keep this many training samples per label and agent, all agents' together before they "
-        "are spread; null keeps all.",
+        description="Few-shot: keep at most this many training samples per label and agent, taken for all agents "
+        "together before they are spread; null keeps all.",
     )
     augment: AugmentSection = Field(
         default_factory=AugmentSection, description="Random changes of the training images."

@@ -144,20 +144,12 @@ def _encoded(recipe: Recipe, rows: Dataset | None, labels: list[str]) -> Dataset
 
 
 def _few_shot(recipe: Recipe, whole: Dataset, labels: list[str]) -> Dataset:
-    """Keep `data.shots` samples per label and agent, drawn with the recipe's seed."""
-    count = recipe.data.shots * recipe.network.agents
+    """Keep at most `data.shots` samples per label and agent, drawn with the recipe's seed."""
     rng = np.random.default_rng(stream_seed(recipe.seed, "shots"))
     order = rng.permutation(len(whole))
     own = np.asarray(whole["labels"])[order]
-    kept = []
-    for number, label in enumerate(labels):
-        found = order[own == number]
-        if len(found) < count:
-            raise DecafError(
-                f"data.shots={recipe.data.shots} for {recipe.network.agents} agents needs {count} training samples of "
-                f"each label, but {label!r} has {len(found)}; lower data.shots or network.agents"
-            )
-        kept.append(found[:count])
+    count = recipe.data.shots * recipe.network.agents
+    kept = [order[own == number][:count] for number in range(len(labels))]
     return whole.select(np.sort(np.concatenate(kept)))
 
 

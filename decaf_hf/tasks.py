@@ -145,11 +145,10 @@ def _image_text(recipe: Recipe, labels: list[str]) -> Task:
             f"model.name_or_path: {type(model).__name__} is no encoder of images and texts; name a CLIP or a "
             "VisionTextDualEncoder"
         )
-    words = recipe.data.label_words or {}
-    unknown = [label for label in words if label not in labels]
+    unknown = [label for label in recipe.data.label_words or {} if label not in labels]
     if unknown:
         raise DecafError(f"data.label_words has a word for {unknown[0]!r}, which is no label; the labels are {labels}")
-    said = [recipe.data.prompt.format(label=words.get(label, label)) for label in labels]
+    said = images.class_prompts(recipe.data, labels)
     prompts = tokenizer(said, padding=True, return_tensors="pt")
     longest = getattr(model.config.text_config, "max_position_embeddings", None)
     if longest is not None and prompts["input_ids"].shape[1] > longest:

@@ -12,10 +12,11 @@ from transformers import TrainingArguments
 from decaf_hf import DecentralizedConfig
 from decaf_hf.recipe import read_recipe
 
-from .tiny_recipe import command, owned_rows, write_csv, write_recipe
+from .tiny_recipe import SECTIONS, command, owned_rows, write_csv, write_images, write_model
 
 ROOT = Path(__file__).parent.parent
 FILES = {path.stem: path for path in sorted((ROOT / "decaf_hf").glob("*.py"))}
+WORDS = "{art: ' museum', bio: ' gene', law: ' judge'}"
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 
 
@@ -120,16 +121,18 @@ def test_every_field_of_the_config_has_help():
         assert len(words) > 20, field.name
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_recipe_takes_two_steps(path, tmp_path, monkeypatch):
-    write_recipe(tmp_path)
+    """On a tiny model of its task, and on samples that are there without the Hub."""
     recipe = read_recipe(path)
+    task, data, agents = recipe.model.task, recipe.data, recipe.network.agents
+    write_model(tmp_path / "model", task)
     words = [
         f"output_dir={tmp_path / 'out'}",
         f"model.name_or_path={tmp_path / 'model'}",
+        "model.gguf_file=null",
         "algorithm.rounds=2",
         "algorithm.local_steps=1",
-        "data.max_length=8",
         "data.text=text",
         "data.label=label",
         "data.labels=null",
@@ -138,25 +141,40 @@ def test_every_recipe_takes_two_steps(path, tmp_path, monkeypatch):
         "data.test_split=null",
         "data.test_size=0.2",
         "training.per_device_train_batch_size=2",
+        "training.dataloader_num_workers=0",
+        "training.bf16=false",
     ]
-    if recipe.data.validation_size:
+    if task == "text-classification":
+        words.append("data.max_length=8")
+    else:
+        targets = ",".join(SECTIONS[task]["lora"]["target_modules"])
+        words.append(f"lora.target_modules=[{targets}]")
+    if task == "causal-lm" and recipe.labeled:
+        words += ["data.label_words=null", f"data.label_words={WORDS}"]  # in place of the recipe's, not besides
+    if task == "image-text":
+        words += ["data.label_words=null", "data.label_words={art: museum, bio: gene, law: judge}"]
+    if data.validation_size:
         words.append("data.validation_size=0.2")
-    owners = [f"owner{agent}" for agent in range(recipe.network.agents)]
-    column = recipe.data.partition.by
-    count = 12 if recipe.data.partition.kind != "dirichlet" else 60
-    if recipe.data.partition.kind == "files":
-        for agent in range(recipe.network.agents):
-            write_csv(tmp_path / f"{agent}.csv", owned_rows(["x"], count))
+    owners = [f"owner{agent}" for agent in range(agents)]
+    column = data.partition.by
+    count = 12 if data.partition.kind != "dirichlet" else 60
+    columns = [name for name in recipe.text_columns if name != "text"]
+    if recipe.samples == "images":
+        write_images(tmp_path / "images", count=5 * agents)
+        words.append(f"data.source={tmp_path / 'images'}")
+    elif data.partition.kind == "files":
+        for agent in range(agents):
+            write_csv(tmp_path / f"{agent}.csv", owned_rows(["x"], count), columns)
         words.append(f"data.source='{tmp_path}/{{agent}}.csv'")
     else:
-        write_csv(tmp_path / "all.csv", owned_rows(owners, count))
+        write_csv(tmp_path / "all.csv", owned_rows(owners, count), columns)
         words.append(f"data.source={tmp_path / 'all.csv'}")
-    if recipe.data.partition.kind == "column":
+    if data.partition.kind == "column":
         words.append("data.partition.by=owner")
     elif column is not None:
         words.append("data.partition.by=label")
-    if recipe.data.test_source is not None:
-        write_csv(tmp_path / "test.csv", owned_rows(["x"], 12))
+    if data.test_source is not None:
+        write_csv(tmp_path / "test.csv", owned_rows(["x"], 12), columns)
         words.append(f"data.test_source={tmp_path / 'test.csv'}")
     monkeypatch.chdir(ROOT)  # a recipe may name a file of edges as seen from the repository
     code, _, err = command("train", path, *words, "training.disable_tqdm=true")
@@ -165,7 +183,7 @@ def test_every_recipe_takes_two_steps(path, tmp_path, monkeypatch):
     assert len(lines) == 2
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_every_recipe_says_what_it_is(path):
     assert path.read_text(encoding="utf-8").startswith("# ")
     assert isinstance(yaml.safe_load(path.read_text(encoding="utf-8")), dict)

@@ -357,6 +357,14 @@ def test_random_boxes_have_the_shares_that_were_asked_for():
     assert decaf_hf.tasks.images.random_box((10, 100), [1.0, 1.0], rng) == (0, 43, 10, 56)
 
 
+def test_labels_are_said_as_words(tmp_path):
+    data = read_recipe(
+        recipe_of(tmp_path, "image-text", data={"prompt": "a {label}.", "label_words": {"b": "bee"}})
+    ).data
+    labels = ["apple_pie", "ApplyEyeMakeup", "b"]
+    assert decaf_hf.tasks.images.class_prompts(data, labels) == ["a apple pie.", "a Apply Eye Makeup.", "a bee."]
+
+
 def test_a_mirrored_image_is_the_other_half_of_the_draws(tmp_path):
     path = recipe_of(tmp_path, "augmented", data={"augment": {"crop": None, "flip": True}})
     recipe = read_recipe(path)
@@ -410,11 +418,6 @@ OTHER_TASK = ["model.task=image-text", "data.prompt='{label}'"]
         ("image-classification", ["data.image=label"], "'label' is the label column too"),
         ("image-classification", OTHER_TASK, "is no encoder of images and texts"),
         ("image-text", ["training.gradient_checkpointing=true"], "has no gradient_checkpointing; leave it out"),
-        (
-            "text-classification",
-            ["data.shots=11"],
-            "data.shots=11 for 3 agents needs 33 training samples of each label",
-        ),
     ],
 )
 def test_what_does_not_fit_the_task_is_one_line(tmp_path, task, words, message):
@@ -440,6 +443,8 @@ def test_shots_are_dealt_out_evenly(tmp_path):
     assert sites.table.tolist() == [[4, 4, 4]] * 3
     other = load_sites(read_recipe(path, ["seed=1"]), Processes())
     assert other.train[0]["text"] != sites.train[0]["text"]
+    most = load_sites(read_recipe(path, ["data.shots=99"]), Processes())
+    assert most.table.sum(axis=0).tolist() == [25, 25, 25]  # all there are
     skewed = load_sites(read_recipe(path, ["data.partition.kind=classes"]), Processes())
     assert skewed.table.tolist() == [[12, 0, 0], [0, 12, 0], [0, 0, 12]]
 

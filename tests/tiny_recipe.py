@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,9 @@ def write_texts(folder: Path) -> None:
             (folder / label / f"{index:02}.txt").write_text(words(label, index), encoding="utf-8")
 
 
-def write_csv(path: Path, rows: list[tuple[str, str, str]]) -> None:
-    """A CSV with columns text, label and owner."""
-    lines = ["text,label,owner", *(",".join(row) for row in rows)]
+def write_csv(path: Path, rows: list[tuple[str, str, str]], more: Sequence[str] = ()) -> None:
+    """A CSV with columns text, label and owner; `more` columns hold the text again."""
+    lines = [",".join(["text", "label", "owner", *more]), *(",".join([*row, *([row[0]] * len(more))]) for row in rows)]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
