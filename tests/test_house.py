@@ -144,9 +144,8 @@ def test_every_recipe_takes_two_steps(path, tmp_path, monkeypatch):
         "training.dataloader_num_workers=0",
         "training.bf16=false",
     ]
-    if task == "text-classification":
-        words.append("data.max_length=8")
-    else:
+    words.append(f"data.max_length={32 if task == 'causal-lm' else 8}")
+    if task != "text-classification":
         targets = ",".join(SECTIONS[task]["lora"]["target_modules"])
         words.append(f"lora.target_modules=[{targets}]")
     if task == "causal-lm" and recipe.labeled:
