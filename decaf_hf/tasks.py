@@ -86,6 +86,6 @@ def load_model(recipe: Recipe, labels: list[str]) -> tuple[PreTrainedModel, PreT
 def lora_config(recipe: Recipe) -> LoraConfig:
     """The adapter of the recipe. Raises `DecafError` for values that PEFT refuses."""
     try:
-        return LoraConfig(task_type=TaskType.SEQ_CLS, **recipe.lora.model_dump())
+        return LoraConfig(task_type=TaskType.SEQ_CLS, **recipe.lora_fields)
     except (ValueError, TypeError) as error:
         raise DecafError(f"lora: {' '.join(str(error).split())}") from error
