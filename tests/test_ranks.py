@@ -1,4 +1,4 @@
-"""Agents with LoRA ranks of their own: where they start, train, mix, resume and are saved, and where they are refused."""
+"""Agents with LoRA ranks of their own: where they start, train, mix, resume and are saved, and what is refused."""
 
 import json
 import math
@@ -258,7 +258,7 @@ def test_a_recipe_with_a_rank_per_agent_runs_and_is_judged_again(tmp_path):
     assert "- 2\n  - 5\n  - 3\n" in (run / "recipe.yaml").read_text()
     configs = [json.loads((run / "agents" / str(a) / "adapter_config.json").read_text()) for a in range(3)]
     assert [config["r"] for config in configs] == [2, 5, 3]
-    code, _, err = command("evaluate", run, "--bootstrap", 1)
+    code, _, err = command("evaluate", run)
     assert (code, err) == (0, "")
     summary = json.loads((run / "summary.json").read_text())["eval"]
     again = json.loads((run / "evaluation.json").read_text())
