@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +12,18 @@ from torch import nn
 
 from decaf_hf.adapters import CONSENSUS, add_agents, agent_name, pair_names, trainable, with_rank
 from decaf_hf.algorithms import refused_ranks
+from decaf_hf.card import read_record, write_card
 from decaf_hf.errors import DecafError
 from decaf_hf.hosting import Hosting
+from decaf_hf.publication import repositories
+from decaf_hf.recipe import HubSection
 
 from . import tiny
 from .agents import run_agents
 from .test_hosting import AGENTS, CASES, ROWS, gradients, mean_loss, move, shared_gradients
 from .tiny_recipe import command, tree, write_recipe
 
+ROOT = Path(__file__).parent.parent
 RANKS = [2, 5, 3, 4]
 
 
@@ -148,8 +153,7 @@ def in_process(processes, folder, changes):
 
 
 @pytest.mark.agents
-@pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("algorithm", ["decaf", "flexlora", "local"])
+@pytest.mark.parametrize(("algorithm", "count"), [("decaf", 2), ("decaf", 3), ("flexlora", 3), ("local", 2)])
 def test_processes_equal_one(tmp_path, algorithm, count):
     """Uneven degrees, and buffers of other lengths than the receiver's own."""
     changes = {"algorithm": algorithm, "topology": "star", "lora_config": tiny.lora(rank_pattern={"query": 3})}
@@ -171,6 +175,26 @@ def test_payload_is_the_mean_of_what_agents_send(tmp_path):
     expected = (3 * sizes[0] + sizes[1] + sizes[2] + sizes[3]) / 4 / 2**20
     assert line["payload_mib"] == pytest.approx(expected, rel=1e-12)
     assert line["interference"] > 0
+
+
+@pytest.mark.parametrize("algorithm", ["decaf", "local"])
+def test_the_consensus_is_the_dense_mean_of_the_agents_updates(tmp_path, algorithm):
+    """Each with its own scaling; cut to the largest rank."""
+    trainer = trained(tmp_path, algorithm=algorithm, max_steps=2)
+    everyone = trainer.network.gather()
+    mean, distances, total = trainer.network.consensus(everyone), 0.0, 0.0
+    for a, b in pair_names(mean).values():
+        updates = [4 / r * own[b].double() @ own[a].double() for own, r in zip(everyone.values(), RANKS, strict=True)]
+        dense = sum(updates) / 4
+        U, S, Vh = torch.linalg.svd(dense)
+        assert len(mean[a]) == 5
+        got = 4 / 5 * mean[b].double() @ mean[a].double()
+        torch.testing.assert_close(got, (U[:, :5] * S[:5]) @ Vh[:5], rtol=0, atol=1e-10 * S[0].item())  # float64
+        distances += sum((update - dense).square().sum() for update in updates) / 4
+        total += dense.square().sum()
+    expected = (distances / total).sqrt().item()
+    assert expected > 0.1
+    assert trainer.network.consensus_distance(everyone) == pytest.approx(expected, rel=1e-6)
 
 
 def test_an_agent_of_rank_16_among_agents_of_rank_2_goes_on_learning(tmp_path):
@@ -251,7 +275,7 @@ def test_saved_adapters_give_the_logits_that_were_judged(tmp_path, algorithm, ca
     assert json.loads((tmp_path / "summary.json").read_text())["lora_ranks"] == RANKS
 
 
-def test_a_recipe_with_a_rank_per_agent_runs_and_is_judged_again(tmp_path):
+def test_a_recipe_with_a_rank_per_agent_runs_is_judged_again_and_published(tmp_path, monkeypatch):
     recipe = write_recipe(tmp_path, lora={"r": [2, 5, 3], "rank_pattern": {"value": 2}})
     assert command("train", recipe)[0] == 0
     run = tmp_path / "run"
@@ -260,6 +284,13 @@ def test_a_recipe_with_a_rank_per_agent_runs_and_is_judged_again(tmp_path):
     assert [config["r"] for config in configs] == [2, 5, 3]
     code, _, err = command("evaluate", run)
     assert (code, err) == (0, "")
+    monkeypatch.setattr("decaf_hf.card.importlib.resources.files", lambda _: ROOT / "model_cards")
+    write_card(run)
+    assert "LoRA rank 5 (consensus; agents: 2, 5, 3), alpha" in (run / "README.md").read_text().replace("\n", " ")
+    (published,) = repositories(read_record(run), HubSection(repo_id="a/b", base_model_id="a/c")).values()
+    configs = [json.loads(published[f"agents/{agent}/adapter_config.json"]) for agent in range(3)]
+    assert [config["r"] for config in configs] == [2, 5, 3]
+    assert json.loads(published["adapter_config.json"])["r"] == 5
     summary = json.loads((run / "summary.json").read_text())["eval"]
     again = json.loads((run / "evaluation.json").read_text())
     for who, scores in [
