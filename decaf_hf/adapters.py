@@ -49,40 +49,68 @@ def check_lora_config(config: PeftConfig) -> None:
             raise DecafError(f"lora.{field} cannot be mixed between agents; leave it out")
 
 
-def add_agents(model: nn.Module, config: LoraConfig, agents: Sequence[int], *, freeze_a: bool) -> PeftModel:
+def add_agents(
+    model: nn.Module,
+    config: LoraConfig,
+    agents: Sequence[int],
+    *,
+    freeze_a: bool,
+    ranks: Sequence[int] | None = None,
+) -> PeftModel:
     """Give a base model one adapter per hosted agent plus the consensus adapter, all equal at the start.
 
     `model` may be a PeftModel with one LoRA adapter: every agent then starts from that one. With `freeze_a` only B
-    (and what is no LoRA pair) is trained. Raises `DecafError` for what cannot be mixed.
+    (and what is no LoRA pair) is trained. `ranks` lists the rank of every agent of the network in place of the
+    configuration's: the consensus gets the largest, an agent starts from as many rows of its A as it has room for.
+    Raises `DecafError` for what cannot be mixed.
     """
     start = None
     if isinstance(model, PeftModel):
+        if ranks is not None:
+            raise DecafError(
+                "the model's adapter has one rank, so agents that start from it cannot have their own (lora_ranks); "
+                "pass the base model and peft_config instead"
+            )
         start, config, model = _unload(model, config)
     check_lora_config(config)
-    names = [agent_name(agent) for agent in agents]
-    first = names[0]
+    if ranks is not None:
+        if len(set(ranks)) > 1 and config.init_lora_weights not in (True, "gaussian"):
+            raise DecafError(
+                f"lora.init_lora_weights={config.init_lora_weights!r} starts with B other than zero, so agents of "
+                "different ranks would start with different updates; use true or gaussian"
+            )
+        config = with_rank(config, max(ranks))
     try:
         with warnings.catch_warnings():
             # peft 0.21 asks transformers 5.23 for a property by its old name
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
-            peft_model = get_peft_model(model, copy.deepcopy(config), adapter_name=first)
+            peft_model = get_peft_model(model, copy.deepcopy(config), adapter_name=CONSENSUS)
     except ValueError as error:
         raise DecafError(
             f"the LoRA configuration does not fit the model: {_hint_targets(error, model, config)}"
         ) from error
-    _check_layers(peft_model, first)
-    for name in names[1:] + [CONSENSUS]:
-        # the first one's configuration: get_peft_model has put the base model's name into it
-        peft_model.add_adapter(name, copy.deepcopy(peft_model.peft_config[first]))
-    initial = start or {key: value.clone() for key, value in trainable(peft_model, first).items()}
+    _check_layers(peft_model, CONSENSUS)
+    config = peft_model.peft_config[CONSENSUS]  # get_peft_model has put the base model's name into it
+    for agent in agents:
+        peft_model.add_adapter(agent_name(agent), with_rank(config, config.r if ranks is None else ranks[agent]))
+    peft_model.set_adapter(agent_name(agents[0]))
+    initial = start or {key: value.clone() for key, value in trainable(peft_model, CONSENSUS).items()}
     pairs = pair_names(initial)
     frozen = {a for a, _ in pairs.values()} if freeze_a else set()
-    for name in names + [CONSENSUS]:
+    for name in [agent_name(agent) for agent in agents] + [CONSENSUS]:
         tensors = trainable(peft_model, name)
-        _copy(tensors, initial)
+        # of the factors the first rows of A and columns of B, of all else the whole
+        _copy(tensors, {k: initial[k][tuple(slice(size) for size in own.shape)] for k, own in tensors.items()})
         for key, parameter in tensors.items():
             parameter.requires_grad_(name != CONSENSUS and key not in frozen)
     return peft_model
+
+
+def with_rank(config: LoraConfig, lora_rank: int) -> LoraConfig:
+    """A copy of a configuration with another rank; layers of its rank_pattern keep theirs."""
+    config = copy.deepcopy(config)
+    config.r = lora_rank
+    return config
 
 
 def trainable(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
@@ -118,24 +146,36 @@ def scalings(model: PeftModel, name: str) -> dict[str, float]:
 
 
 def as_adapter(tensors: Mapping[str, Tensor], scaling: Mapping[str, float]) -> Adapter:
-    """View named tensors as an `Adapter`; factors of embeddings are presented transposed (lowrank.LoraFactors)."""
-    pairs = pair_names(tensors)
-    factors = {}
-    for layer, (a, b) in pairs.items():
-        A, B = tensors[a].detach(), tensors[b].detach()
-        factors[layer] = LoraFactors(A.mT, B.mT) if _transposed(a) else LoraFactors(A, B)
-    paired = {name for pair in pairs.values() for name in pair}
+    """View named tensors as an `Adapter`."""
+    factors = as_factors(tensors)
+    paired = {name for pair in pair_names(tensors).values() for name in pair}
     others = {name: tensor.detach() for name, tensor in tensors.items() if name not in paired}
     return Adapter(factors, others, {layer: scaling[layer] for layer in factors})
 
 
 def as_tensors(adapter: Adapter, names: Mapping[str, object]) -> dict[str, Tensor]:
     """The inverse of `as_adapter` for the given tensor names."""
-    tensors = dict(adapter.others)
-    for layer, (a, b) in pair_names(names).items():
-        pair = adapter.factors[layer]
-        tensors[a], tensors[b] = (pair.A.mT, pair.B.mT) if _transposed(a) else pair
+    tensors = {**adapter.others, **factor_tensors(adapter.factors, names)}
     return {name: tensors[name] for name in names}
+
+
+def as_factors(tensors: Mapping[str, Tensor]) -> dict[str, LoraFactors]:
+    """View the pairs among named tensors by layer; those of embeddings are presented transposed
+    (lowrank.LoraFactors)."""
+    factors = {}
+    for layer, (a, b) in pair_names(tensors).items():
+        A, B = tensors[a].detach(), tensors[b].detach()
+        factors[layer] = LoraFactors(A.mT, B.mT) if _transposed(a) else LoraFactors(A, B)
+    return factors
+
+
+def factor_tensors(factors: Mapping[str, LoraFactors], names: Mapping[str, object]) -> dict[str, Tensor]:
+    """The inverse of `as_factors` for the pairs among the given tensor names."""
+    tensors = {}
+    for layer, (a, b) in pair_names(names).items():
+        A, B = factors[layer]
+        tensors[a], tensors[b] = (A.mT, B.mT) if _transposed(a) else (A, B)
+    return tensors
 
 
 @torch.no_grad()

@@ -3,6 +3,8 @@
 `dlora` averages the factors A and B apart, as every peer does; the product of the means is not the mean of the
 products (consensus interference). `decaf` averages the products and returns to rank r by a truncated SVD
 (DeCAF, https://arxiv.org/abs/2505.21382). Trainable tensors that are no LoRA pair are averaged as they are.
+
+A product has no rank of its own, so where products are averaged every agent may have its own rank and scaling.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,8 +13,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from .lowrank import LoraFactors, product_gram, product_norm, refactor, stack_products, suited_threads, truncated_svd
+from .lowrank import (
+    LoraFactors,
+    procrustes,
+    product_gram,
+    product_norm,
+    refactor,
+    stack_products,
+    suited_threads,
+    truncated_svd,
+)
 
 
 @dataclass(frozen=True)
@@ -65,10 +77,10 @@ def average_b(own: Adapter, senders: Sequence[Adapter], weights: Sequence[float]
 def average_products(
     own: Adapter, senders: Sequence[Adapter], weights: Sequence[float], *, split: str, align: bool
 ) -> Mixed:
-    """DeCAF: `s B A <- TSVD_r(sum_j w_j s_j B_j A_j)`, layers of one shape in one batch."""
+    """DeCAF: `s B A <- TSVD_r(sum_j w_j s_j B_j A_j)`, layers of one shape in one batch; r and s are own."""
     factors: dict[str, LoraFactors] = {}
     kept = discarded = torch.zeros((), dtype=torch.float64)
-    for layers in layers_by_shape(own):
+    for layers in layers_by_shape([own, *senders]):
         previous = stack_layers(own, layers)
         L, R = _mean_product(layers, senders, weights)
         with suited_threads(L, R):
@@ -101,12 +113,14 @@ ALGORITHMS = {
 def interference(senders: Sequence[Adapter], weights: Sequence[float]) -> float:
     """Consensus interference: `|mean(B) mean(A) - mean(B A)|` relative to `|mean(B A)|`, by a row of Pi.
 
-    What averaging the factors gets wrong; 0 for a common A or for agents that agree.
+    What averaging the factors gets wrong; 0 for a common A or for agents that agree. Factors of different ranks are
+    averaged as other tools do it: rows of A and columns of B that an agent lacks count as zeros, here with each B
+    taking up its own agent's scaling.
     """
-    own = senders[0]
-    naive = average_factors(own, senders, weights).adapter
+    like = _largest(senders)
+    naive = average_factors(like, [_widened(sender, like) for sender in senders], weights).adapter
     gap = mean = 0.0
-    for layers in layers_by_shape(own):
+    for layers in layers_by_shape(senders):
         L, R = _mean_product(layers, senders, weights)
         mean += product_norm(L, R).square().item()
         pair = stack_layers(naive, layers)
@@ -118,12 +132,12 @@ def interference(senders: Sequence[Adapter], weights: Sequence[float]) -> float:
 def consensus(algorithm: str, adapters: Sequence[Adapter], *, split: str, align: bool) -> Adapter:
     """The network's mean adapter by the algorithm's own rule with weights 1/N; never fed back to the agents.
 
-    Agents that never mix are averaged by products, the exact mean up to rank r.
+    Agents that never mix are averaged by products, the exact mean up to rank r; of several ranks it has the largest.
     """
     if len(adapters) == 1:
         return adapters[0]
     rule = ALGORITHMS[algorithm].mix or average_products
-    return rule(adapters[0], adapters, [1 / len(adapters)] * len(adapters), split=split, align=align).adapter
+    return rule(_largest(adapters), adapters, [1 / len(adapters)] * len(adapters), split=split, align=align).adapter
 
 
 def consensus_distance(adapters: Sequence[Adapter]) -> float:
@@ -133,18 +147,49 @@ def consensus_distance(adapters: Sequence[Adapter]) -> float:
             [stack_layers(adapter, layers) for adapter in adapters],
             [adapter.scaling[layers[0]] for adapter in adapters],
         )
-        for layers in layers_by_shape(adapters[0])
+        for layers in layers_by_shape(adapters)
     )
     mean = gram.mean()
     distance = (gram.diagonal().mean() - mean).clamp(min=0)
     return 0.0 if mean <= 0 else (distance / mean).sqrt().item()  # nan stays nan
 
 
-def layers_by_shape(adapter: Adapter) -> list[list[str]]:
-    """Names of the layers that can be stacked: same shapes, same scaling."""
+def rotations(previous: Adapter, new: Adapter) -> dict[str, Tensor]:
+    """Layer name -> the orthogonal `Q (r, r)` that brings an agent's previous factors `(Q^T A, B Q)` nearest to its
+    new ones (lowrank.procrustes), in float32 or better."""
+    found: dict[str, Tensor] = {}
+    for layers in layers_by_shape([previous]):
+        before, after = (stack_layers(adapter, layers) for adapter in (previous, new))
+        dtype = torch.promote_types(before.A.dtype, torch.float32)
+        with suited_threads(*before):
+            Q = procrustes(*(LoraFactors(pair.A.to(dtype), pair.B.to(dtype)) for pair in (before, after)))
+        found.update(zip(layers, Q, strict=True))
+    return found
+
+
+def refused_ranks(ranks: Sequence[int], num_agents: int, algorithm: str) -> str | None:
+    """Why the agents cannot have these LoRA ranks, one per agent; None where they can."""
+    if len(ranks) != num_agents:
+        return f"{len(ranks)} ranks for {num_agents} agents; give each agent one, or a single number for all"
+    for agent, lora_rank in enumerate(ranks):
+        if lora_rank < 1:
+            return f"agent {agent} has rank {lora_rank}; the lowest is 1"
+    row = ALGORITHMS[algorithm]
+    if len(set(ranks)) == 1 or (row.mix in (None, average_products) and not row.pooled):
+        return None
+    why = "trains one adapter, which has one rank" if row.pooled else "averages factors entry by entry"
+    return f"ranks {min(ranks)} to {max(ranks)}, but {algorithm} {why}; use decaf, flexlora, local or a single number"
+
+
+def layers_by_shape(adapters: Sequence[Adapter]) -> list[list[str]]:
+    """Names of the layers that can be stacked: in each of the adapters same shapes, same scaling."""
     groups: dict[tuple, list[str]] = {}
-    for layer, pair in adapter.factors.items():
-        groups.setdefault((pair.A.shape, pair.B.shape, adapter.scaling[layer]), []).append(layer)
+    for layer in adapters[0].factors:
+        alike = []
+        for adapter in adapters:
+            pair = adapter.factors[layer]
+            alike.append((pair.A.shape, pair.B.shape, adapter.scaling[layer]))
+        groups.setdefault(tuple(alike), []).append(layer)
     return list(groups.values())
 
 
@@ -161,6 +206,23 @@ def _mean_product(
 ) -> tuple[Tensor, Tensor]:
     scaled = [weight * sender.scaling[layers[0]] for weight, sender in zip(weights, senders, strict=True)]
     return stack_products([stack_layers(sender, layers) for sender in senders], scaled)
+
+
+def _largest(adapters: Sequence[Adapter]) -> Adapter:
+    """The first adapter of the largest rank."""
+    return max(adapters, key=lambda adapter: sum(pair.A.shape[-2] for pair in adapter.factors.values()))
+
+
+def _widened(adapter: Adapter, like: Adapter) -> Adapter:
+    """The same updates in factors of `like`'s ranks, which are no smaller, and with its scalings."""
+    factors = {}
+    for layer, (A, B) in adapter.factors.items():
+        missing = like.factors[layer].A.shape[-2] - A.shape[-2]
+        share = adapter.scaling[layer] / like.scaling[layer]
+        if missing or share != 1:
+            A, B = pad(A, (0, 0, 0, missing)), share * pad(B, (0, missing))
+        factors[layer] = LoraFactors(A, B)
+    return Adapter(factors, adapter.others, like.scaling)
 
 
 def _average_others(own: Adapter, senders: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Tensor]:

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from . import exchange
-from .algorithms import ALGORITHMS
+from .algorithms import ALGORITHMS, refused_ranks
 from .errors import DecafError, require_one_of
 from .hosting import MODES
 from .lowrank import SPLITS
+from .optimizer_state import STATES
 
 PARTITIONS = ("iid", "dirichlet", "classes", "column")
 
@@ -56,6 +57,17 @@ class DecentralizedConfig(TrainingArguments):
         default=True,
         metadata={"help": "Rotate decaf's and flexlora's new factors towards the agent's previous ones (Procrustes)."},
     )
+    optimizer_state: str = field(
+        default="kept",
+        metadata={
+            "help": "What becomes of the optimizer's state of the factors that decaf and flexlora have mixed: "
+            f"{', '.join(STATES)}; rotated turns the moments as the factors' basis has turned."
+        },
+    )
+    lora_ranks: list[int] | None = field(
+        default=None,
+        metadata={"help": "One LoRA rank per agent in place of peft_config.r, with decaf, flexlora and local."},
+    )
     partition: str = field(
         default="iid",
         metadata={"help": f"How one train_dataset is divided among the agents: {', '.join(PARTITIONS)}."},
@@ -91,6 +103,8 @@ class DecentralizedConfig(TrainingArguments):
             raise DecafError(f"local_steps must be at least 1, got {self.local_steps}; 1 is a round after every step")
         require_one_of("algorithm", self.algorithm, ALGORITHMS)
         require_one_of("split", self.split, SPLITS)
+        require_one_of("optimizer_state", self.optimizer_state, STATES)
+        self._check_ranks()
         require_one_of("hosting", self.hosting, MODES)
         require_one_of("partition", self.partition, PARTITIONS)
         if self.base_dropout and self.hosting == "batched":
@@ -115,6 +129,17 @@ class DecentralizedConfig(TrainingArguments):
             if getattr(self, name, None):
                 raise DecafError(f"{name} is not supported: {why}")
         super().__post_init__()
+
+    def _check_ranks(self) -> None:
+        if self.lora_ranks is None:
+            return
+        ranks = self.lora_ranks
+        if not isinstance(ranks, list | tuple) or not all(type(lora_rank) is int for lora_rank in ranks):
+            raise DecafError(f"lora_ranks={ranks!r} is no list of whole numbers; give one rank per agent, or None")
+        problem = refused_ranks(ranks, self.num_agents, self.algorithm)
+        if problem is not None:
+            raise DecafError(f"lora_ranks: {problem}")
+        self.lora_ranks = list(ranks)
 
     @property
     def num_learners(self) -> int:

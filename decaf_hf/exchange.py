@@ -144,10 +144,13 @@ def barrier(processes: Processes) -> None:
             dist.barrier()
 
 
-def exchange(processes: Processes, own: Mapping[int, Tensor], neighbors: Sequence[set[int]]) -> dict[int, Tensor]:
+def exchange(
+    processes: Processes, own: Mapping[int, Tensor], neighbors: Sequence[set[int]], sizes: Sequence[int]
+) -> dict[int, Tensor]:
     """Send each hosted agent's buffer to the processes of its neighbors; return all buffers that hosted agents need.
 
-    `own` maps hosted agents to flat uint8 buffers of one common length, `neighbors` lists every agent's neighbors.
+    `own` maps hosted agents to flat uint8 buffers; `neighbors` and `sizes` list every agent's neighbors and the bytes
+    of its buffer.
     """
     num_agents = len(neighbors)
     host = [processes.host(agent, num_agents) for agent in range(num_agents)]
@@ -159,18 +162,22 @@ def exchange(processes: Processes, own: Mapping[int, Tensor], neighbors: Sequenc
             outgoing = _to_wire(own[agent])
             operations += [dist.P2POp(dist.isend, outgoing, target, tag=agent) for target in targets]
         elif processes.index in targets:
-            buffers[agent] = torch.empty_like(_to_wire(next(iter(own.values()))))
+            buffers[agent] = _empty_on_wire(sizes[agent])
             operations.append(dist.P2POp(dist.irecv, buffers[agent], host[agent], tag=agent))
     _wait(operations)
     device = next(iter(own.values())).device
     return {agent: buffer.to(device) for agent, buffer in buffers.items()}
 
 
-def gather(processes: Processes, own: Mapping[int, Tensor], num_agents: int, *, everywhere: bool) -> dict[int, Tensor]:
+def gather(
+    processes: Processes, own: Mapping[int, Tensor], sizes: Sequence[int], *, everywhere: bool
+) -> dict[int, Tensor]:
     """All agents' buffers, at process 0 or at every process; elsewhere an empty dictionary.
 
-    This is measurement and saving, not training: mixing only ever uses `exchange`.
+    `sizes` lists the bytes of every agent's. This is measurement and saving, not training: mixing only ever uses
+    `exchange`.
     """
+    num_agents = len(sizes)
     readers = range(processes.count) if everywhere else range(1)
     buffers = dict(own)
     operations = []
@@ -180,7 +187,7 @@ def gather(processes: Processes, own: Mapping[int, Tensor], num_agents: int, *, 
             outgoing = _to_wire(own[agent])
             operations += [dist.P2POp(dist.isend, outgoing, r, tag=agent) for r in readers if r != source]
         elif processes.index in readers:
-            buffers[agent] = torch.empty_like(_to_wire(next(iter(own.values()))))
+            buffers[agent] = _empty_on_wire(sizes[agent])
             operations.append(dist.P2POp(dist.irecv, buffers[agent], source, tag=agent))
     _wait(operations)
     if processes.index not in readers:
@@ -225,6 +232,11 @@ def _to_wire(buffer: Tensor) -> Tensor:
     if not dist.is_initialized():
         return buffer
     return buffer.cuda() if dist.get_backend() == "nccl" else buffer.cpu()
+
+
+def _empty_on_wire(size: int) -> Tensor:
+    """Room for a buffer that another process sends."""
+    return torch.empty(size, dtype=torch.uint8, device="cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 def _wait(operations: list[dist.P2POp]) -> None:

@@ -17,6 +17,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .adapters import agent_name, trainable
@@ -62,17 +63,19 @@ class AgentDropout(nn.Module):
 
 
 class _AddUpdates(torch.autograd.Function):
-    """`result_i + s x_i A_i^T B_i^T` for all agents i at once, shapes `(n, rows, d)`.
+    """`result_i + s_i x_i A_i^T B_i^T` for all agents i at once, shapes `(n, rows, d)`.
 
     The stacked factors are made again in the backward pass instead of being kept, so that an agent more costs its
-    adapter, gradients and moments, and nothing else.
+    adapter, gradients and moments, and nothing else. Where ranks differ, the smaller factors are filled up with zeros.
     """
 
     @staticmethod
-    def forward(ctx, result: Tensor, x: Tensor, scaling: float, *factors: Tensor) -> Tensor:
+    def forward(ctx, result: Tensor, x: Tensor, scalings: Sequence[float], *factors: Tensor) -> Tensor:
         count = len(factors) // 2
-        A, B = torch.stack(factors[:count]), torch.stack(factors[count:])  # (n, r, d_in), (n, d_out, r)
-        hidden = torch.bmm(x, A.mT)
+        A, B = _stacked_rows(factors[:count]), _stacked_columns(factors[count:])
+        # One number for all is applied along with the sum, several ones agent by agent to what is small: `(rows, r)`.
+        scaling, ctx.own = (scalings[0], None) if len(set(scalings)) == 1 else (1.0, scalings)
+        hidden = _scale(torch.bmm(x, A.mT), ctx.own)
         ctx.save_for_backward(x, hidden, *factors)
         ctx.scaling = scaling
         if result.dtype == B.dtype:
@@ -88,13 +91,35 @@ class _AddUpdates(torch.autograd.Function):
         grad_x, grads_A, grads_B = None, [None] * count, [None] * count
         if needs_B:
             grads_B = torch.bmm(scaled.mT, hidden.to(scaled.dtype)).unbind()
+            grads_B = [own[:, : B.shape[1]] for own, B in zip(grads_B, factors[count:], strict=True)]
         if needs_x or needs_A:
-            grad_hidden = torch.bmm(scaled, torch.stack(factors[count:]))
+            grad_hidden = _scale(torch.bmm(scaled, _stacked_columns(factors[count:])), ctx.own)
             if needs_A:
                 grads_A = torch.bmm(grad_hidden.mT, x.to(scaled.dtype)).unbind()
+                grads_A = [own[: A.shape[0]] for own, A in zip(grads_A, factors[:count], strict=True)]
             if needs_x:
-                grad_x = torch.bmm(grad_hidden, torch.stack(factors[:count])).to(x.dtype)
+                grad_x = torch.bmm(grad_hidden, _stacked_rows(factors[:count])).to(x.dtype)
         return grad, grad_x, None, *grads_A, *grads_B
+
+
+def _stacked_rows(factors: Sequence[Tensor]) -> Tensor:
+    """Each agent's `(r, d_in)` as `(n, largest r, d_in)`."""
+    alike = len({A.shape for A in factors}) == 1
+    return torch.stack(factors) if alike else pad_sequence(factors, batch_first=True)
+
+
+def _stacked_columns(factors: Sequence[Tensor]) -> Tensor:
+    """Each agent's `(d_out, r)` as `(n, d_out, largest r)`."""
+    alike = len({B.shape for B in factors}) == 1
+    return torch.stack(factors) if alike else pad_sequence([B.mT for B in factors], batch_first=True).mT
+
+
+def _scale(rows: Tensor, own: Sequence[float] | None) -> Tensor:
+    """Each agent's part of `(n, rows, r)` times its own number, in place; None is 1 for all."""
+    if own is not None:
+        for part, scaling in zip(rows.unbind(), own, strict=True):
+            part.mul_(scaling)
+    return rows
 
 
 class Hosting:
@@ -265,14 +290,14 @@ class Hosting:
         result = layer.base_layer(x, *args, **kwargs)
         A = [layer.lora_A[name].weight for name in self._names]
         B = [layer.lora_B[name].weight for name in self._names]
-        scaling = layer.scaling[self._names[0]]  # all agents share one configuration
+        scalings = [layer.scaling[name] for name in self._names]
         count = len(self._names)
         x = x.to(A[0].dtype)
         if any(isinstance(layer.lora_dropout[name], AgentDropout) for name in self._names):
             chunks = zip(self._names, x.chunk(count), strict=True)
             x = torch.cat([layer.lora_dropout[name](rows) for name, rows in chunks])
         flat = result.reshape(count, -1, result.shape[-1])
-        return _AddUpdates.apply(flat, x.reshape(count, -1, x.shape[-1]), scaling, *A, *B).view(result.shape)
+        return _AddUpdates.apply(flat, x.reshape(count, -1, x.shape[-1]), scalings, *A, *B).view(result.shape)
 
     def _chunks(self, module: nn.Module, original: Callable, x: Tensor, *args, **kwargs) -> Tensor:
         """Heads, embeddings, DoRA: each agent's rows through its own parameters, one agent after another."""

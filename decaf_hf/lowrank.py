@@ -98,8 +98,7 @@ def refactor(svd: TruncatedSVD, previous: LoraFactors, *, split: str, align: boo
     else:
         A, B = rows, U * S[..., None, :]
     if align:
-        Q = procrustes(LoraFactors(A, B), previous)
-        A, B = Q.mT @ A, B @ Q
+        A, B = turn(LoraFactors(A, B), procrustes(LoraFactors(A, B), previous))
     if split == "row_norms":
         norms = torch.where(norms > 0, norms, typical)
         A, B = norms[..., None] * A, B / norms[..., None, :]
@@ -115,6 +114,20 @@ def procrustes(factors: LoraFactors, previous: LoraFactors) -> Tensor:
     overlap = _unit(factors.B).mT @ _unit(previous.B) + _unit(factors.A) @ _unit(previous.A).mT
     U, _, Vh = torch.linalg.svd(overlap)
     return U @ Vh
+
+
+def turn(factors: LoraFactors, Q: Tensor) -> LoraFactors:
+    """The same product in another basis, `(Q^T A, B Q)` with orthogonal `Q (..., r, r)`; gradients turn alike."""
+    return LoraFactors(Q.mT @ factors.A, factors.B @ Q)
+
+
+def turn_squares(squares: LoraFactors, Q: Tensor) -> LoraFactors:
+    """Mean squares of gradients in the basis of `turn`: `((Q*Q)^T V_A, V_B (Q*Q))`, never negative.
+
+    Exact where the gradients of the r directions are uncorrelated and for a Q that permutes or flips them; what
+    directions have in common was never kept, so otherwise it is an approximation.
+    """
+    return turn(squares, Q.square())
 
 
 @contextlib.contextmanager

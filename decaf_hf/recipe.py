@@ -33,6 +33,7 @@ from pydantic import (
 )
 from transformers import TrainingArguments
 
+from .algorithms import refused_ranks
 from .errors import DecafError, did_you_mean
 from .topology import TOPOLOGIES
 
@@ -160,14 +161,18 @@ def _plain_default(factory: Callable[[], Any]) -> Any:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
 
 
-def _library_section(name: str, config: type, refused: dict[str, str], **own_types: Any) -> type[_LibrarySection]:
+def _library_section(
+    name: str, config: type, refused: dict[str, str], own_words: dict[str, str] | None = None, **own_types: Any
+) -> type[_LibrarySection]:
     """A section with the fields of dataclass `config`, its help and its defaults, less the refused ones."""
+    own_words = own_words or {}
     hints = typing.get_type_hints(config)
     fields: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         if field.name in refused or field.name.startswith("_") or not field.init:
             continue
-        text = " ".join((field.metadata.get("help") or f"See {config.__name__}.{field.name}.").split())
+        theirs = field.metadata.get("help") or f"See {config.__name__}.{field.name}."
+        text = own_words.get(field.name) or " ".join(theirs.split())
         if field.default_factory is not dataclasses.MISSING:
             default = {"default_factory": partial(_plain_default, field.default_factory)}
         else:
@@ -191,7 +196,14 @@ _InitLoraWeights = (
 
 Text = Annotated[str, Field(min_length=1)]
 
-LoraSection = _library_section("LoraSection", LoraConfig, REFUSED["lora"], init_lora_weights=_InitLoraWeights)
+LoraSection = _library_section(
+    "LoraSection",
+    LoraConfig,
+    REFUSED["lora"],
+    {"r": "Rank of the adapters: one number, or a list with one per agent (decaf, flexlora and local only)."},
+    init_lora_weights=_InitLoraWeights,
+    r=int | list[int],
+)
 TrainingSection = _library_section("TrainingSection", TrainingArguments, REFUSED["training"])
 
 
@@ -463,6 +475,11 @@ class AlgorithmSection(_Section):
         description="Turn the new factors towards the agent's previous ones, which leaves their product as it is "
         "(decaf and flexlora only).",
     )
+    optimizer_state: Literal["kept", "rotated", "reset"] = Field(
+        "kept",
+        description="What becomes of the optimizer's moments of the factors that a round has mixed (decaf and "
+        "flexlora only): kept as they are, rotated as the factors' basis has turned (SGD, Adam and AdamW), or reset.",
+    )
 
 
 class EvaluationSection(_Section):
@@ -535,6 +552,17 @@ class Recipe(_Section):
     def run_folder(self) -> Path:
         """Where the run is written."""
         return Path(self.output_dir or f"runs/{self.name}")
+
+    @property
+    def lora_ranks(self) -> list[int] | None:
+        """Each agent's LoRA rank where the recipe lists them."""
+        return self.lora.r if isinstance(self.lora.r, list) else None
+
+    @property
+    def lora_fields(self) -> dict[str, Any]:
+        """The given fields of peft.LoraConfig; of several ranks the largest."""
+        fields = self.lora.model_dump()
+        return fields if self.lora_ranks is None else {**fields, "r": max(self.lora_ranks)}
 
     @model_validator(mode="before")
     @classmethod
@@ -613,6 +641,14 @@ class Recipe(_Section):
                 "data.shots",
                 "data.source",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_fit(self) -> "Recipe":
+        ranks = self.lora_ranks
+        problem = refused_ranks(ranks, self.network.agents, self.algorithm.name) if ranks is not None else None
+        if problem is not None:
+            raise _ConflictError(problem, "lora.r", "network.agents", "algorithm.name")
         return self
 
     @model_validator(mode="after")

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from . import algorithms, exchange
+from . import algorithms, exchange, optimizer_state
 from .adapters import agent_name, as_adapter, as_tensors, pair_names, scalings, trainable, write
 from .errors import DecafError
 from .exchange import Processes
@@ -25,13 +25,27 @@ if TYPE_CHECKING:
 MIB = 2**20
 
 
+class Layout(NamedTuple):
+    """What an agent's adapter looks like, known in every process."""
+
+    like: dict[str, Tensor]  # by name, without values
+    scaling: dict[str, float]
+
+    def size(self, names: Sequence[str] | None = None) -> int:
+        """Bytes of the named tensors, or of all."""
+        tensors = self.like.values() if names is None else [self.like[name] for name in names]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 class Exchanged(NamedTuple):
     """What one hosted agent mixed in a round, and what it sent."""
 
+    agent: int
     senders: list[algorithms.Adapter]  # as they arrived, its own among them
     weights: list[float]
     truncation: float
     payload_bytes: int
+    rotations: dict[str, Tensor]  # algorithms.rotations of its factors; empty unless asked for
 
 
 class Network:
@@ -47,17 +61,24 @@ class Network:
         *,
         split: str,
         align: bool,
+        ranks: Sequence[int] | None,
+        optimizer_state: str,
     ):
         self.processes = processes
         self.num_agents = num_agents
         self.algorithm = algorithm
         self.schedule = schedule
         self.options = {"split": split, "align": align}
+        by_product = algorithms.ALGORITHMS[algorithm].mix is algorithms.average_products
+        self.optimizer_state = optimizer_state if by_product else "kept"  # the other rules leave the basis as it is
         self.agents = list(processes.agents(num_agents))
         self.parameters: dict[int, dict[str, nn.Parameter]] = {
             agent: trainable(model, agent_name(agent)) for agent in self.agents
         }
-        self.scaling = scalings(model, agent_name(self.agents[0]))
+        ranks = [None] * num_agents if ranks is None else ranks
+        hosted = {ranks[agent]: self._layout(model, agent) for agent in self.agents}
+        known = {r: layout for part in exchange.gather_objects(processes, hosted) for r, layout in part.items()}
+        self.layouts = [known[ranks[agent]] for agent in range(num_agents)]
         like = self.parameters[self.agents[0]]
         stays = {a for a, _ in pair_names(like).values()} if algorithms.ALGORITHMS[algorithm].freezes_a else set()
         self.travels = [name for name in like if name not in stays]
@@ -84,8 +105,9 @@ class Network:
             agent: exchange.pack([tensors[name] for name in self.travels])
             for agent, tensors in self.parameters.items()
         }
-        received = exchange.exchange(self.processes, own, neighbors)
-        adapters = {agent: self._adapter(buffer) for agent, buffer in received.items()}
+        sizes = [layout.size(self.travels) for layout in self.layouts]
+        received = exchange.exchange(self.processes, own, neighbors, sizes)
+        adapters = {agent: self._adapter(agent, buffer) for agent, buffer in received.items()}
         done = []
         for agent in self.agents:
             around = sorted({agent} | neighbors[agent])
@@ -95,8 +117,19 @@ class Network:
                 # Adapters that others still need are the received copies, so writing at once disturbs nobody.
                 write(self.parameters[agent], as_tensors(mixed.adapter, self.parameters[agent]))
                 sent = own[agent].numel() * len(neighbors[agent])
-                done.append(Exchanged(senders, weights, mixed.truncation, sent))
+                turned = self.optimizer_state == "rotated"
+                rotations = algorithms.rotations(adapters[agent], mixed.adapter) if turned else {}
+                done.append(Exchanged(agent, senders, weights, mixed.truncation, sent, rotations))
         return done
+
+    def carry_over(self, optimizer: torch.optim.Optimizer, done: list[Exchanged]) -> None:
+        """Let the optimizer's state of the agents that mixed follow their factors into the new basis, as asked."""
+        for exchanged in done:
+            own = self.parameters[exchanged.agent]
+            if self.optimizer_state == "reset":
+                optimizer_state.reset(optimizer, own)
+            elif self.optimizer_state == "rotated":
+                optimizer_state.turn(optimizer, own, exchanged.rotations)
 
     def measure(self, done: list[Exchanged]) -> dict[str, float]:
         """Means over the hosted agents of what their exchange showed; an agent that did not mix counts with zero."""
@@ -110,28 +143,34 @@ class Network:
     def gather(self, *, everywhere: bool = False) -> dict[int, dict[str, Tensor]]:
         """All agents' adapters at process 0 (or everywhere) for measuring and saving; empty at the other processes."""
         own = {agent: exchange.pack(list(tensors.values())) for agent, tensors in self.parameters.items()}
-        everyone = exchange.gather(self.processes, own, self.num_agents, everywhere=everywhere)
-        like = self.parameters[self.agents[0]]
-        return {agent: exchange.unpack(buffer, like) for agent, buffer in everyone.items()}
+        sizes = [layout.size() for layout in self.layouts]
+        everyone = exchange.gather(self.processes, own, sizes, everywhere=everywhere)
+        return {agent: exchange.unpack(buffer, self.layouts[agent].like) for agent, buffer in everyone.items()}
 
     @torch.no_grad()
     def consensus(self, everyone: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The network's mean adapter by the algorithm's own rule with equal weights."""
-        adapters = [as_adapter(everyone[agent], self.scaling) for agent in sorted(everyone)]
-        mean = algorithms.consensus(self.algorithm, adapters, **self.options)
+        mean = algorithms.consensus(self.algorithm, self._adapters(everyone), **self.options)
         return as_tensors(mean, everyone[0])
 
     @torch.no_grad()
     def consensus_distance(self, everyone: Mapping[int, Mapping[str, Tensor]]) -> float:
         """How far the agents' updates are from their mean (algorithms.consensus_distance)."""
-        return algorithms.consensus_distance([as_adapter(everyone[agent], self.scaling) for agent in sorted(everyone)])
+        return algorithms.consensus_distance(self._adapters(everyone))
 
-    def _adapter(self, buffer: Tensor) -> algorithms.Adapter:
-        like = self.parameters[self.agents[0]]
-        tensors = exchange.unpack(buffer, {name: like[name] for name in self.travels})
+    def _adapters(self, everyone: Mapping[int, Mapping[str, Tensor]]) -> list[algorithms.Adapter]:
+        return [as_adapter(everyone[agent], self.layouts[agent].scaling) for agent in sorted(everyone)]
+
+    def _adapter(self, agent: int, buffer: Tensor) -> algorithms.Adapter:
+        layout, own = self.layouts[agent], self.parameters[self.agents[0]]
+        tensors = exchange.unpack(buffer, {name: layout.like[name] for name in self.travels})
         # What did not travel is common to all agents (the frozen A of dlora-fa).
-        tensors = {name: tensors.get(name, like[name]) for name in like}
-        return as_adapter(tensors, self.scaling)
+        tensors = {name: tensors.get(name, own[name]) for name in own}
+        return as_adapter(tensors, layout.scaling)
+
+    def _layout(self, model: PeftModel, agent: int) -> Layout:
+        like = {name: torch.empty_like(tensor, device="meta") for name, tensor in self.parameters[agent].items()}
+        return Layout(like, scalings(model, agent_name(agent)))
 
 
 class RoundCallback(TrainerCallback):
@@ -159,6 +198,7 @@ class RoundCallback(TrainerCallback):
         trained = self._now()
         exchange.together(self.network.processes, lambda: self.network.check_finite(state.global_step))
         done = self.network.mix(round_index)
+        self.network.carry_over(self.trainer.optimizer, done)
         mixed = self._now()
         own = {"loss": self.trainer.mean_loss(), **self.network.measure(done)}
         everyone = self.network.gather()

@@ -194,6 +194,8 @@ def config_of(recipe: Recipe) -> DecentralizedConfig:
         "max_steps": algorithm.rounds * algorithm.local_steps,
         "split": algorithm.split,
         "align": algorithm.align,
+        "optimizer_state": algorithm.optimizer_state,
+        "lora_ranks": recipe.lora_ranks,
         "base_dropout": recipe.model.base_dropout,
         "eval_strategy": "no" if every is None else "steps",
         "eval_steps": None if every is None else every * algorithm.local_steps,

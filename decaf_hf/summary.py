@@ -60,6 +60,7 @@ def summarize(trainer: "DecentralizedMixin") -> dict[str, Any]:
         "edges": edges(trainer.schedule.matrix(1)),
         "rounds": trainer.state.global_step // args.local_steps,
         "local_steps": args.local_steps,
+        "lora_ranks": args.lora_ranks,  # None: all have the rank of their adapter_config.json
         "seed": args.seed,
         "training": {name: _plain(getattr(args, name)) for name in TRAINING},
         "base_model_is_local": Path(trainer.model.get_base_model().name_or_path).is_dir(),

@@ -88,7 +88,7 @@ def lora_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
 
     Raises `DecafError` for values that PEFT refuses.
     """
-    given = recipe.lora.model_dump()
+    given = recipe.lora_fields
     peft_type = KINDS[recipe.model.task].peft
     if recipe.model.task == "image-classification" and "modules_to_save" not in given:
         base = getattr(model, model.base_model_prefix, None)

@@ -23,8 +23,8 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerStat
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
-from . import checkpoint, exchange
-from .adapters import CONSENSUS, add_agents, agent_name, digest, frozen, save_adapter, trainable, write
+from . import checkpoint, exchange, optimizer_state
+from .adapters import CONSENSUS, add_agents, agent_name, digest, frozen, save_adapter, trainable, with_rank, write
 from .algorithms import ALGORITHMS
 from .config import DecentralizedConfig
 from .errors import DecafError
@@ -86,12 +86,18 @@ class DecentralizedMixin:
         self.base_digest = digest(base)
         with torch.random.fork_rng():
             torch.manual_seed(stream_seed(args.seed, "adapter"))
-            model = add_agents(model, peft_config, self.agents, freeze_a=ALGORITHMS[args.algorithm].freezes_a)
-        start = {f"adapter {k}": v for k, v in trainable(model, agent_name(self.agents[0])).items()}
+            model = add_agents(
+                model,
+                peft_config,
+                self.agents,
+                freeze_a=ALGORITHMS[args.algorithm].freezes_a,
+                ranks=args.lora_ranks,
+            )
+        start = {f"adapter {k}": v for k, v in trainable(model, CONSENSUS).items()}
         if self.processes.count > 1:
             tensors = {**base, **start, "mixing matrix of round 1": self.schedule.matrix(1)}
             digests = {name: digest({name: tensor})[:16] for name, tensor in tensors.items()}
-            config = model.peft_config[agent_name(self.agents[0])].to_dict()
+            config = model.peft_config[CONSENSUS].to_dict()
             lora = {f"lora {name}": _text(value) for name, value in config.items()}
             exchange.agree(self.processes, {**_comparable(args), **lora, **digests})
         self.hosting = Hosting(model, self.agents, mode=args.hosting, seed=args.seed, base_dropout=args.base_dropout)
@@ -106,6 +112,8 @@ class DecentralizedMixin:
             self.schedule,
             split=args.split,
             align=args.align,
+            ranks=args.lora_ranks,
+            optimizer_state=args.optimizer_state,
         )
         self.evaluation: dict[str, Any] | None = None  # the newest one, as it stands in metrics.jsonl
         self._evaluated_step: int | None = None
@@ -204,6 +212,13 @@ class DecentralizedMixin:
     def _first_batch_of_epoch(self) -> int:
         epoch = self.state.global_step // self.steps_per_epoch
         return epoch * self.steps_per_epoch * self.args.gradient_accumulation_steps
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As `Trainer.create_optimizer`; raises `DecafError` where `optimizer_state` is impossible."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.network.optimizer_state == "rotated":
+            optimizer_state.check_turnable(optimizer)
+        return optimizer
 
     # ---- one step
 
@@ -442,7 +457,8 @@ class DecentralizedMixin:
         folder = Path(output_dir or self.args.output_dir)
         config = copy.deepcopy(self.model.peft_config[CONSENSUS])
         for agent, tensors in everyone.items():
-            save_adapter(folder / "agents" / str(agent), tensors, config)
+            own = config if self.args.lora_ranks is None else with_rank(config, self.args.lora_ranks[agent])
+            save_adapter(folder / "agents" / str(agent), tensors, own)
         for left in (folder / "agents").iterdir():  # of an earlier run with more agents
             if left.name not in map(str, everyone):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()

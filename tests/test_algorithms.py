@@ -4,9 +4,11 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from decaf_hf.algorithms import ALGORITHMS, Adapter, consensus, consensus_distance, interference
-from decaf_hf.lowrank import SPLITS, LoraFactors
+from decaf_hf.algorithms import ALGORITHMS, Adapter, consensus, consensus_distance, interference, rotations
+from decaf_hf.lowrank import SPLITS, LoraFactors, turn
 
 # layer -> (d_out, d_in, r, scaling): two layers of one shape, one of the same shape under rsLoRA, one of another shape
 LAYERS = {
@@ -213,3 +215,113 @@ def test_consensus_of_one_is_itself():
     one = adapter(0)
     mean = consensus("decaf", [one], **OPTIONS)
     assert all(torch.equal(mean.factors[layer].A, one.factors[layer].A) for layer in LAYERS)
+
+
+# ---- agents of different ranks
+
+RANKS = [2, 3, 5]
+
+
+def of_rank(lora_rank, seed):
+    """Layers of one shape and of another; under a rank_pattern "fixed" has rank 3 for all, "value" the agent's own."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    sizes = {
+        "query": (12, 10, lora_rank),
+        "fixed": (12, 10, 3),
+        "value": (12, 10, lora_rank),
+        "out": (7, 9, lora_rank),
+    }
+    factors = {name: LoraFactors(randn(r, d_in), randn(d_out, r)) for name, (d_out, d_in, r) in sizes.items()}
+    return Adapter(factors, {"head.bias": randn(3)}, {name: 16 / r for name, (*_, r) in sizes.items()})
+
+
+def uneven():
+    return [of_rank(lora_rank, seed) for seed, lora_rank in enumerate(RANKS)]
+
+
+@pytest.mark.parametrize("split", SPLITS)
+@pytest.mark.parametrize("own_rank", [2, 3, 4, 5])
+def test_decaf_truncates_to_the_receivers_own_rank(own_rank, split):
+    """Agent 1 has layers that are alike, its neighbors of other ranks have not: what is stacked must fit all."""
+    senders, own = uneven(), of_rank(own_rank, 9)
+    mixed = ALGORITHMS["decaf"].mix(own, senders, WEIGHTS, split=split, align=True).adapter
+    assert mixed.scaling == own.scaling
+    for layer, pair in own.factors.items():
+        r = pair.A.shape[0]
+        assert (mixed.factors[layer].A.shape, mixed.factors[layer].B.shape) == (pair.A.shape, pair.B.shape)
+        close(update(mixed, layer), best(mean_update(senders, layer), r))
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    ranks=st.lists(st.integers(1, 7), min_size=1, max_size=4),
+    own_rank=st.integers(1, 7),
+    split=st.sampled_from(SPLITS),
+    seed=st.integers(0, 1000),
+)
+def test_the_product_of_mixed_ranks_is_the_dense_truncation(ranks, own_rank, split, seed):
+    senders = [of_rank(lora_rank, seed + index) for index, lora_rank in enumerate(ranks)]
+    weights = [1 / len(ranks)] * len(ranks)
+    mixed = ALGORITHMS["decaf"].mix(of_rank(own_rank, seed + 99), senders, weights, split=split, align=True).adapter
+    for layer in ("query", "out"):
+        spectrum = torch.linalg.svdvals(mean_update(senders, layer, weights))
+        if own_rank < len(spectrum) and spectrum[own_rank] > 0.95 * spectrum[own_rank - 1]:
+            continue  # the best approximation is well conditioned only where the spectrum has a gap
+        close(update(mixed, layer), best(mean_update(senders, layer, weights), own_rank))
+
+
+def test_a_receiver_with_more_room_than_its_senders_fill_keeps_a_usable_a():
+    senders, own = [of_rank(2, 0), of_rank(2, 1)], of_rank(7, 2)
+    mixed = ALGORITHMS["decaf"].mix(own, senders, [0.5, 0.5], **OPTIONS).adapter
+    for layer in ("query", "value", "out"):
+        close(update(mixed, layer), mean_update(senders, layer, [0.5, 0.5]))
+        assert torch.linalg.svdvals(mixed.factors[layer].A).min() > 1e-3
+
+
+def test_measures_of_mixed_ranks_are_the_dense_ones():
+    senders, equal = uneven(), [1 / 3] * 3
+    layers = list(senders[0].factors)
+    mean = {layer: mean_update(senders, layer, equal) for layer in layers}
+    squares = [norm(update(one, layer) - mean[layer] for layer in layers) ** 2 for one in senders]
+    assert consensus_distance(senders) == pytest.approx(math.sqrt(sum(squares) / 3) / norm(mean.values()), abs=1e-10)
+    gaps = []
+    for layer in layers:  # zeros where an agent has no row or column
+        A, B = torch.zeros(5, senders[0].factors[layer].A.shape[1]), torch.zeros(len(mean[layer]), 5)
+        A, B = A.double(), B.double()
+        for weight, one in zip(WEIGHTS, senders, strict=True):
+            pair = one.factors[layer]
+            A[: len(pair.A)] += weight * pair.A
+            B[:, : len(pair.A)] += weight * one.scaling[layer] * pair.B
+        gaps.append(B @ A - mean_update(senders, layer))
+    expected = norm(gaps) / norm(mean_update(senders, layer) for layer in layers)
+    assert expected > 0.1
+    assert interference(senders, WEIGHTS) == pytest.approx(expected, abs=1e-10)
+
+
+@pytest.mark.parametrize("name", ["decaf", "flexlora", "local"])
+def test_consensus_of_mixed_ranks_has_the_largest(name):
+    adapters = uneven()
+    mean = consensus(name, adapters, **OPTIONS)
+    assert mean.scaling == adapters[2].scaling
+    for layer, pair in adapters[2].factors.items():
+        close(update(mean, layer), best(mean_update(adapters, layer, [1 / 3] * 3), len(pair.A)))
+        close(update(consensus(name, adapters[::-1], **OPTIONS), layer), update(mean, layer))
+
+
+# ---- the rotation between two bases
+
+
+def test_rotations_are_those_that_took_the_factors_there():
+    before = adapter(0)
+    turns = {layer: torch.linalg.qr(adapter(5).factors[layer].B).R for layer in LAYERS}
+    turns = {layer: torch.linalg.qr(R + R.T).Q for layer, R in turns.items()}
+    factors = {layer: turn(before.factors[layer], Q) for layer, Q in turns.items()}
+    found = rotations(before, Adapter(factors, {}, before.scaling))
+    assert list(found) != []
+    for layer, Q in turns.items():
+        close(found[layer], Q)
+        assert (Q - torch.eye(len(Q))).abs().max() > 0.1

@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from decaf_hf.algorithms import ALGORITHMS
 from decaf_hf.errors import DecafError
 from decaf_hf.lowrank import SPLITS
+from decaf_hf.optimizer_state import STATES
 from decaf_hf.partition import KINDS
 from decaf_hf.recipe import (
     REFUSED,
@@ -169,7 +170,7 @@ def test_override_of_a_section_keeps_the_rest_of_it(write):
         ("training.learning_rate=true", "training.learning_rate: true is not a number"),
         ("training.learning_rate=.nan", "training.learning_rate: nan is not a finite number"),
         ("training.bf16=1", "training.bf16: 1 is not true or false"),
-        ("lora.r=8.5", "lora.r: 8.5 is not a whole number"),
+        ("lora.r=8.5", "lora.r: 8.5 is not a whole number or a list (each item a whole number)"),
         ("lora.target_modules=[query,3]", "lora.target_modules: ['query', 3] is not text or a list (each item text)"),
         ("lora.rank_pattern=[1]", "lora.rank_pattern: [1] is not a mapping"),
         ("name=2024", "name: 2024 is not text; put it in quotes"),
@@ -554,6 +555,7 @@ def test_names_are_those_of_the_modules_that_use_them():
 
     assert names(AlgorithmSection, "name") == tuple(ALGORITHMS)
     assert names(AlgorithmSection, "split") == tuple(SPLITS)
+    assert names(AlgorithmSection, "optimizer_state") == tuple(STATES)
     assert names(PartitionSection, "kind") == tuple(KINDS)
 
 
@@ -566,6 +568,7 @@ def test_schema_is_json_and_refuses_unknown_keys_in_every_section():
         assert model["additionalProperties"] is False
         assert model["description"]
         assert all("description" in field or "$ref" in field for field in model["properties"].values())
-    assert definitions["LoraSection"]["properties"]["r"]["type"] == "integer"
+    assert [kind["type"] for kind in definitions["LoraSection"]["properties"]["r"]["anyOf"]] == ["integer", "array"]
+    assert definitions["LoraSection"]["properties"]["lora_dropout"]["type"] == "number"
     assert definitions["TrainingSection"]["properties"]["learning_rate"]["type"] == "number"
     assert set(schema["required"]) == {"name", "model", "data", "network", "algorithm"}

@@ -197,7 +197,7 @@ def sent_in_process(processes, neighbors):
 
     dist.batch_isend_irecv = counting  # this process ends with the test
     own = {agent: torch.full((7,), 10 + agent, dtype=torch.uint8) for agent in processes.agents(5)}
-    received = exchange.exchange(processes, own, neighbors)
+    received = exchange.exchange(processes, own, neighbors, [7] * 5)
     exchange.barrier(processes)  # who leaves early closes the connections that others still open
     return sent, {agent: buffer.tolist() for agent, buffer in received.items()}
 
@@ -227,7 +227,8 @@ def row_in_process(processes, values, topology):
     neighbors, matrix = schedule.neighbors(1), schedule.matrix(1)
     agents = processes.agents(len(values))
     like = {"x": values[0]}
-    received = exchange.exchange(processes, {a: exchange.pack([values[a]]) for a in agents}, neighbors)
+    own = {a: exchange.pack([values[a]]) for a in agents}
+    received = exchange.exchange(processes, own, neighbors, [5 * 8] * len(values))
     rows = {j: exchange.unpack(buffer, like)["x"] for j, buffer in received.items()}
     exchange.barrier(processes)
     return {a: sum(matrix[a, j] * rows[j] for j in sorted({a} | neighbors[a])) for a in agents}
