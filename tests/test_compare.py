@@ -35,6 +35,7 @@ def runs(monkeypatch):
         summary = {
             "eval": {"agents_mean": judged, "agents_min": judged, "consensus": other},
             "payload_mib": recipe.lora.r,
+            "seconds": {"train": 6.0, "mix": 1.0, "measure": 1.0},
             "versions": {"torch": "2"},
             "git_commit": "abc" if recipe.algorithm.name == "decaf" else None,
         }
@@ -42,6 +43,7 @@ def runs(monkeypatch):
         write_text(recipe.run_folder / "recipe.yaml", resolved_yaml(recipe))
 
     monkeypatch.setattr(decaf_hf.run, "run", fake)
+    monkeypatch.setattr(decaf_hf.run, "trial", lambda recipe: 10.0)
     monkeypatch.setattr(decaf_hf.compare, "write_card", lambda folder: write_text(folder / "README.md", "card"))
     return done
 
@@ -58,6 +60,7 @@ def compared(recipe, output, overrides=(), **changes):
         "grid": ["lora.r=2,4"],
         "tuning_seed": 1000,
         "judge": "agents_mean",
+        "jobs": 1,
     }
     return compare(str(recipe), list(overrides), output=output, **{**usual, **changes})
 
@@ -101,7 +104,7 @@ def test_numbers_of_the_json_and_of_the_table(recipe, runs, tmp_path, capsys):
     assert (dlora["payload_mib"], decaf["payload_mib"]) == (2, 4)
     assert comparison["made_with"] == [{"versions": {"torch": "2"}, "git_commit": commit} for commit in (None, "abc")]
     rows = (tmp_path / "out" / "comparison.md").read_text(encoding="utf-8").splitlines()
-    assert rows[2:] == [
+    assert rows[2:4] == [
         "| dlora | r=2 | 0.205 \u00b1 0.007 | 0.205 \u00b1 0.007 | 0.795 \u00b1 0.007 | 2.0 |",
         "| decaf | r=4 | 0.405 \u00b1 0.007 | 0.405 \u00b1 0.007 | 0.595 \u00b1 0.007 | 4.0 |",
     ]
@@ -209,7 +212,20 @@ def test_bad_flags_of_the_command(recipe, runs, tmp_path, flags, words):
 
 def test_a_real_comparison(recipe, tmp_path):
     out = tmp_path / "out"
-    words = ["compare", recipe, "--algorithms", "dlora", "--seeds", "0", "--grid", "lora.r=1,2", "--output", out]
+    words = [
+        "compare",
+        recipe,
+        "--algorithms",
+        "dlora",
+        "--jobs",
+        "1",
+        "--seeds",
+        "0",
+        "--grid",
+        "lora.r=1,2",
+        "--output",
+        out,
+    ]
     words += ["algorithm.rounds=1", "algorithm.local_steps=1", "checkpoint_rounds=null"]
     code, text, err = command(*words)
     assert (code, err) == (0, "")
