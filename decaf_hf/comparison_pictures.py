@@ -53,7 +53,7 @@ def _figures(comparison: dict[str, Any]) -> dict[str, Figure]:
         figures["scores.png"] = _rows_figure(rows, comparison, f"{metric} ({direction(metric)})", zero=False)
     paired = comparison["paired"]
     if paired["differences"]:
-        rows = [(entry["algorithm"], entry) for entry in paired["differences"]]
+        rows = [(shortened(entry["algorithm"]), entry) for entry in paired["differences"]]
         title = f"{metric} ({direction(metric)}) of {shortened(paired['reference'])} minus that of the other"
         figures["differences.png"] = _rows_figure(rows, comparison, title, zero=True)
     if any(trial["score"] is not None for arm in arms for trial in arm["tuning"]):
@@ -82,10 +82,10 @@ def _rows_figure(
         for row, score in shown:
             _draw_row(axes, row, score, seeds)
         axes.set_xlim(_window([score for _, score in shown], zero=zero))
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4, steps=[1, 2, 5, 10]))
         axes.set_title(WORDS[who])
         axes.grid(axis="y", visible=False)
-    panels[0].set_yticks(range(len(rows)), [plain(shortened(label, 48)) for label, _ in rows])
+    panels[0].set_yticks(range(len(rows)), [plain(label) for label, _ in rows])
     panels[0].set_ylim(len(rows) - 0.5, -0.5)
     figure.suptitle(plain(title), fontsize=11)
     _seed_legend(panels[0], seeds)
@@ -134,7 +134,9 @@ def _seed_legend(axes: Axes, seeds: Sequence[int]) -> None:
     for index, name in enumerate(names):
         axes.plot([], [], color=_seed_color(index, seeds), marker="o", markersize=5, linestyle="none", label=name)
     if len(seeds) > 1:
-        axes.plot([], [], color=BLACK, linewidth=1.6, marker="|", markersize=9, markeredgewidth=2, label="mean, 95%")
+        axes.plot(
+            [], [], color=BLACK, linewidth=1.6, marker="|", markersize=9, markeredgewidth=2, label="mean, 95% interval"
+        )
 
 
 def _tuning_figure(comparison: dict[str, Any]) -> Figure:
@@ -149,20 +151,21 @@ def _tuning_figure(comparison: dict[str, Any]) -> Figure:
     for index, arm in enumerate(arms):
         color = COLORS[index % len(COLORS)]
         style = LINE_STYLES[index // len(COLORS) % len(LINE_STYLES)] if name else "none"
-        places = np.arange(len(labels)) + (index - (len(arms) - 1) / 2) * 0.5 / len(arms)  # side by side
+        aside = np.arange(len(labels)) + (index - (len(arms) - 1) / 2) * 0.5 / len(arms)  # beside the other arms
+        places = range(len(labels)) if name else aside
         scores = [np.nan if trial["score"] is None else trial["score"] for trial in arm["tuning"]]
         look = {"color": color, "linestyle": style, "marker": "o"}
         axes.plot(places, scores, linewidth=1.5, markersize=4, label=plain(shortened(arm["algorithm"])), **look)
-        for place, trial in zip(places, arm["tuning"], strict=True):
+        for place, cross, trial in zip(places, aside, arm["tuning"], strict=True):
             if trial["score"] is None:
-                axes.plot(place, 0.02, color=color, transform=axes.get_xaxis_transform(), **CROSS)
+                axes.plot(cross, 0.02, color=color, transform=axes.get_xaxis_transform(), **CROSS)
             elif trial["setting"] == arm["setting"]:
                 axes.plot(place, trial["score"], color=color, **RING)
     axes.plot([], [], color=GRAY, linestyle="none", label="chosen", **RING)
     if any(trial["score"] is None for arm in arms for trial in arm["tuning"]):
         axes.plot([], [], color=GRAY, linestyle="none", label="failed", **CROSS)
     axes.set_xticks(range(len(labels)), labels, rotation=90 if turned else 0)
-    axes.set(xlabel=plain(name) or "setting", ylabel=f"{metric} of the {WORDS[comparison['judge']]}, validation set")
-    axes.set_title(f"settings tried ({direction(metric)})")
+    axes.set(xlabel=plain(name) or "setting", ylabel=f"{metric} ({direction(metric)})")
+    axes.set_title(f"{WORDS[comparison['judge']]} on the validation set")
     legend(figure, axes)
     return figure
