@@ -196,6 +196,7 @@ def _attempt(work: Callable[..., Any], arguments: tuple) -> Any:
 def _serve(orders: Connection, log: str) -> None:
     """The life of a process: do what comes, answer, end with the parent."""
     os.setsid()  # Ctrl-C is the parent's to answer
+    multiprocessing.set_start_method(None, force=True)  # data loaders and locks as in a run that was started by itself
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with open(log, "w") as file:
         os.unlink(log)  # it stays readable where it is open, and nothing is left of it in the end
