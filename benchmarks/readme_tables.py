@@ -5,7 +5,6 @@ python benchmarks/readme_tables.py
 
 import json
 import re
-import statistics
 import sys
 from pathlib import Path
 
@@ -15,8 +14,7 @@ from lowrank import COLUMNS
 from publish import COLUMNS as PUBLISH_COLUMNS
 from report import RESULTS, markdown
 
-from decaf_hf.compare import markdown as comparison_table
-from decaf_hf.compare import short_setting
+from decaf_hf.comparison import paired_differences, paired_table, scores_table, tuning_table
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -26,39 +24,14 @@ def where(report: dict) -> str:
     return f"{machine['gpu'] or machine['cpu']}, {report['threads']} thread{'s' * (report['threads'] != 1)}."
 
 
-def tuning_table(comparison: dict) -> str:
-    """Scores on the validation set, an algorithm a row and a setting of the grid a column; the chosen one bold."""
-    arms = comparison["arms"]
-    head = [short_setting(*trial["setting"]).partition("=")[2] for trial in arms[0]["tuning"]]
-    lines = ["| algorithm | " + " | ".join(head) + " |", "|" + "---|" * (len(head) + 1)]
-    for arm in arms:
-        scores = [(trial["setting"] == arm["setting"], f"{trial['score']:.3f}") for trial in arm["tuning"]]
-        cells = [f"**{score}**" if chosen else score for chosen, score in scores]
-        lines.append(f"| {arm['algorithm']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def paired_table(comparison: dict, one: str, others: list[str]) -> str:
-    """What `one` scores above each of the others, seed by seed."""
-    arms, metric = {arm["algorithm"]: arm for arm in comparison["arms"]}, comparison["metric"]
-    seeds = comparison["seeds"]
-    lines = [f"| {one} above | who | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean ± sd |"]
-    lines.append("|" + "---|" * (len(seeds) + 3))
-    for other in others:
-        for who, words in (("agents_mean", "agents' mean"), ("consensus", "consensus")):
-            ours, theirs = (arms[name][who][metric]["by_seed"] for name in (one, other))
-            gains = [ours[str(seed)] - theirs[str(seed)] for seed in seeds]
-            cells = [f"{gain:+.3f}" for gain in gains]
-            spread = f"{statistics.fmean(gains):+.3f} ± {statistics.stdev(gains):.3f}"
-            lines.append(f"| {other} | {words} | " + " | ".join(cells) + f" | {spread} |")
-    return "\n".join(lines) + "\n"
-
-
 def tables() -> dict[str, str]:
     """Marker -> text."""
     comparison = json.loads((RESULTS / "comparison.json").read_text())
-    texts = {"comparison": comparison_table(comparison), "tuning": tuning_table(comparison)}
-    texts["paired"] = paired_table(comparison, "decaf", ["local", "dlora", "dlora-fa"])
+    texts = {"comparison": scores_table(comparison), "tuning": tuning_table(comparison)}
+    metric, seeds = comparison["metric"], comparison["seeds"]
+    differences = paired_differences(comparison["arms"], metric, "decaf")
+    shown = [entry for entry in differences if entry["algorithm"] in ("local", "dlora", "dlora-fa")]
+    texts["paired"] = paired_table(shown, metric, seeds, "decaf")
     lowrank = json.loads((RESULTS / "lowrank.json").read_text())
     texts["lowrank"] = f"{markdown(lowrank['rows'], COLUMNS)}\n\n{where(lowrank)}\n"
     hosting = json.loads((RESULTS / "hosting.json").read_text())

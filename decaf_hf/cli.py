@@ -19,7 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"decaf: error: {error}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
-        resume = "; go on with --resume" if options.command is _train else ""
+        advice = {_train: "; go on with --resume", _compare: "; the same command goes on where it stopped"}
+        resume = advice.get(options.command, "")
         print(f"decaf: interrupted{resume}", file=sys.stderr, flush=True)
         return 130
     finally:
@@ -67,7 +68,7 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
 def _compare(options: argparse.Namespace, _: list[str]) -> int:
     from .compare import compare
 
-    compare(
+    comparison = compare(
         options.recipe,
         options.overrides,
         algorithms=options.algorithms.split(","),
@@ -76,8 +77,11 @@ def _compare(options: argparse.Namespace, _: list[str]) -> int:
         tuning_seed=options.tuning_seed,
         judge=options.judge,
         output=Path(options.output),
+        reference=options.reference,
+        jobs=options.jobs,
+        retry_failed=options.retry_failed,
     )
-    return 0
+    return 1 if any(arm["failed"] for arm in comparison["arms"]) else 0
 
 
 def _publish(options: argparse.Namespace, _: list[str]) -> int:
@@ -215,6 +219,15 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--tuning-seed", type=int, default=1000, help="seed of the runs that choose (default 1000)")
     compare.add_argument(
         "--judge", choices=("agents_mean", "consensus"), default="agents_mean", help="whose score chooses the setting"
+    )
+    compare.add_argument(
+        "--reference", metavar="NAME", help="the algorithm that the others are subtracted from (default: decaf)"
+    )
+    compare.add_argument(
+        "--jobs", type=int, metavar="N", help="runs at a time (default: what cores and memory allow; with a GPU 1)"
+    )
+    compare.add_argument(
+        "--retry-failed", action="store_true", help="run again what failed in an earlier call with the same recipe"
     )
     compare.add_argument("--output", required=True, help="folder of the comparison; finished runs in it are kept")
     compare.set_defaults(command=_compare)

@@ -1,27 +1,155 @@
 """Several algorithms on one recipe, each at its own best setting.
 
 Every arm has the same split, the same initial adapter and the same steps. An arm chooses its setting from a grid on
-the validation set, with a seed of its own, and is then run with that setting on the other seeds. A finished run is
-recognized by its resolved recipe and not repeated.
+the validation set, with a seed of its own, and is then run with that setting on the other seeds. A run is recognized
+by its resolved recipe: a finished or failed one is not repeated, one that was cut off goes on at its last checkpoint.
 """
 
 import itertools
 import json
+import math
 import shutil
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
-from . import exchange
+from . import checkpoint, exchange
 from .algorithms import ALGORITHMS
 from .card import write_card
+from .comparison import WORDS, arm_scores, markdown, paired_differences, print_comparison
+from .comparison_pictures import draw_comparison
 from .errors import DecafError, require_one_of
 from .files import write_text
+from .jobs import Failure, Pool, jobs_in_memory, make_run, make_trial, most_jobs
+from .metrics import best
 from .recipe import Recipe, read_recipe, resolved_yaml
+from .run import check_writable, held_alone
+
+FAILURE = "failure.json"  # in the folder of a run that failed: its recipe and why
+
+
+@dataclass(eq=False)
+class _Run:
+    """One run, and how it ended as soon as that is known."""
+
+    algorithm: str
+    setting: list[str]
+    seed: int
+    recipe: Recipe
+    summary: dict[str, Any] | None = None
+    failed: str | None = None  # the reason
+
+    @property
+    def folder(self) -> Path:
+        return self.recipe.run_folder
+
+    @property
+    def done(self) -> bool:
+        return self.summary is not None or self.failed is not None
+
+    def look(self, *, retry_failed: bool) -> None:
+        """Take over how an earlier run of this very recipe ended."""
+        failure = self.folder / FAILURE
+        if self._is_here() and (self.folder / "summary.json").exists():
+            self.summary = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+        elif failure.exists() and not retry_failed:
+            before = json.loads(failure.read_text(encoding="utf-8"))
+            if before["recipe"] == resolved_yaml(self.recipe):
+                self.failed = before["reason"]
+
+    def prepare(self) -> bool:
+        """Leave in the folder only what this run can resume from; whether there is any."""
+        if self._is_here() and checkpoint.last_checkpoint(self.folder) is not None:
+            (self.folder / FAILURE).unlink(missing_ok=True)
+            return True
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return False
+
+    def settle(self, failure: Failure | None) -> None:
+        """Learn how it ended; a failure that would come again is written down."""
+        if failure is None:
+            self.summary = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+            return
+        self.failed = failure.reason
+        if failure.lasting:
+            record = {"recipe": resolved_yaml(self.recipe), "reason": failure.reason}
+            write_text(self.folder / FAILURE, json.dumps(record, indent=2) + "\n")
+
+    def _is_here(self) -> bool:
+        recipe = self.folder / "recipe.yaml"
+        return recipe.exists() and recipe.read_text(encoding="utf-8") == resolved_yaml(self.recipe)
+
+
+@dataclass(eq=False)
+class _Arm:
+    """The runs of one algorithm: those that choose a setting, and for each setting those on the seeds."""
+
+    algorithm: str
+    tuning: list[_Run]
+    finals: list[list[_Run]]
+    metric: str
+    judge: str
+    chosen: list[_Run] | None = None  # one of `finals`; none of them while it is open, or if every setting failed
+
+    def choose(self, *, retry_failed: bool) -> None:
+        """Choose the best setting as soon as all have been tried."""
+        if self.chosen is not None or not all(run.done for run in self.tuning):
+            return
+        scores = [self.score(run) for run in self.tuning]
+        usable = [index for index, (score, _) in enumerate(scores) if score is not None]
+        if not self.tuning:
+            self.chosen = self.finals[0]
+        elif usable:
+            self.chosen = self.finals[usable[best(self.metric, [scores[index][0] for index in usable])]]
+        else:
+            return
+        for run in self.chosen:
+            run.look(retry_failed=retry_failed)
+
+    def score(self, run: _Run) -> tuple[float | None, str | None]:
+        """The score by which a run's setting is judged, or why there is none."""
+        if run.summary is None:
+            return None, run.failed
+        score = run.summary["eval"][self.judge][self.metric]
+        return (None, f"its {self.metric} is nan") if math.isnan(score) else (score, None)
+
+    def missing(self) -> list[_Run]:
+        """The runs that can be made now, in order."""
+        runs = self.tuning if self.chosen is None else self.chosen
+        return [run for run in runs if not run.done]
+
+    def to_do(self) -> int:
+        """How many runs are missing, those included of which the setting is not chosen yet."""
+        tuning = sum(not run.done for run in self.tuning)
+        if self.chosen is None:
+            return tuning + (len(self.finals[0]) if tuning else 0)
+        return tuning + sum(not run.done for run in self.chosen)
+
+    def report(self) -> dict[str, Any]:
+        """The arm as `comparison.json` has it; without scores if no seed has any."""
+        tried = []
+        for run in self.tuning:
+            score, failed = self.score(run)
+            tried.append({"setting": run.setting, "score": score, **({} if failed is None else {"failed": failed})})
+        if self.chosen is None:
+            failed = [{"seed": None, "reason": "no setting could be chosen, all failed"}]
+            return {"algorithm": self.algorithm, "setting": None, "tuning": tried, "failed": failed}
+        return {
+            "algorithm": self.algorithm,
+            "setting": self.chosen[0].setting,
+            "tuning": tried,
+            "failed": [{"seed": run.seed, "reason": run.failed} for run in self.chosen if run.failed is not None],
+            **(arm_scores({run.seed: run.summary for run in self.finished()}) if self.finished() else {}),
+        }
+
+    def finished(self) -> list[_Run]:
+        """The runs on the seeds that ended well."""
+        return [run for run in self.chosen or [] if run.summary is not None]
 
 
 def compare(
@@ -34,92 +162,98 @@ def compare(
     tuning_seed: int,
     judge: str,
     output: Path,
+    reference: str | None = None,
+    jobs: int | None = None,
+    retry_failed: bool = False,
 ) -> dict[str, Any]:
-    """Run what is missing, write `comparison.json` and `comparison.md` into `output`, print the table.
+    """Run what is missing, write `comparison.json`, `comparison.md` and pictures into `output`, print the tables.
 
     `judge` names whose score chooses a setting: `agents_mean` or `consensus`; the score is the recipe's first metric.
+    `reference` is the arm that the others are subtracted from, by default decaf, or the first without it. `jobs` runs
+    are made at a time, by default as many as cores and memory allow. Raises `DecafError` for what is refused before
+    the first run; afterwards a run that fails is reported in its arm.
     """
+    reference = reference or ("decaf" if "decaf" in algorithms else algorithms[0])
+    for option, names in (("--algorithms", algorithms), ("--seeds", list(map(str, seeds)))):
+        if len(set(names)) != len(names):
+            raise DecafError(f"{option} {','.join(names)}: name each {option.strip('-').rstrip('s')} once")
     for algorithm in algorithms:
         require_one_of("--algorithms", algorithm, ALGORITHMS)
-    if len(set(seeds)) != len(seeds):
-        raise DecafError(f"--seeds {','.join(map(str, seeds))}: name each seed once")
+    require_one_of("--reference", reference, algorithms)
+    if jobs is not None and jobs < 1:
+        raise DecafError(f"--jobs {jobs}: at least one run at a time is needed")
     if exchange.join().count > 1:
         raise DecafError("decaf compare runs in one process; start it without a launcher")
-    settings = _settings(grid)
     recipe = read_recipe(path, overrides)
-    if recipe.evaluation.split != "test":
-        raise DecafError(f"evaluation.split={recipe.evaluation.split}: decaf compare sets it itself; leave it out")
-    if len(settings) > 1 and not recipe.data.validation_size:
-        raise DecafError("--grid chooses on the validation set; set data.validation_size")
-    if len(settings) > 1 and tuning_seed in seeds:
-        raise DecafError(f"--tuning-seed {tuning_seed} is one of --seeds; choosing needs a seed of its own")
-    # refuse a bad setting or seed before the first run
-    for algorithm, setting, seed in itertools.product(algorithms, settings, [*seeds, tuning_seed]):
-        read_recipe(path, [*overrides, *setting, f"algorithm.name={algorithm}", f"seed={seed}"])
     metric = recipe.evaluation.metrics[0]
+    arms = _plan(path, overrides, recipe, algorithms, seeds, grid, tuning_seed, judge, output)
+    check_writable(output, option="--output")
     console = Console()
-    arms, made_with = [], []
-    for algorithm in algorithms:
-        tried = []
-        for setting in settings if len(settings) > 1 else []:
-            folder = output / "tuning" / algorithm / ("_".join(setting) or "as-is")
-            summary = _run(
-                path,
-                [*overrides, *setting, "evaluation.split=validation"],
-                algorithm,
-                tuning_seed,
-                folder,
-                console,
-            )
-            tried.append({"setting": setting, "score": summary["eval"][judge][metric]})
-        best = max(tried, key=lambda trial: trial["score"])["setting"] if tried else settings[0]
-        results = [
-            _run(path, [*overrides, *best], algorithm, seed, output / "runs" / algorithm / f"seed-{seed}", console)
-            for seed in seeds
+    with held_alone(output, who="comparison", option="--output"):
+        _work(arms, jobs, console, retry_failed=retry_failed)
+        comparison = {
+            "recipe": resolved_yaml(recipe),
+            "metric": metric,
+            "judge": judge,
+            "grid": list(grid),
+            "tuning_seed": tuning_seed,
+            "seeds": list(seeds),
+            "arms": [arm.report() for arm in arms],
+        }
+        differences = paired_differences(comparison["arms"], metric, reference)
+        comparison["paired"] = {"reference": reference, "differences": differences}
+        states = [
+            {name: run.summary[name] for name in ("versions", "git_commit")} for arm in arms for run in arm.finished()
         ]
-        arms.append(_arm(algorithm, best, tried, seeds, results))
-        made_with += [{name: result[name] for name in ("versions", "git_commit")} for result in results]
-    comparison = {
-        "recipe": resolved_yaml(recipe),
-        "metric": metric,
-        "judge": judge,
-        "grid": list(grid),
-        "tuning_seed": tuning_seed,
-        "seeds": list(seeds),
-        "arms": arms,
-        "made_with": [state for i, state in enumerate(made_with) if state not in made_with[:i]],
-    }
-    write_text(output / "comparison.json", json.dumps(comparison, indent=2) + "\n")
-    write_text(output / "comparison.md", markdown(comparison))
-    _tell_the_runs(comparison, output)
-    _print(comparison, console)
+        comparison["made_with"] = [state for i, state in enumerate(states) if state not in states[:i]]
+        _write(comparison, arms, output)
+    print_comparison(comparison, console)
     console.print(f"written to {output / 'comparison.md'} and comparison.json", highlight=False, soft_wrap=True)
     return comparison
 
 
-def markdown(comparison: dict[str, Any]) -> str:
-    """The table of a comparison: mean and standard deviation over seeds."""
-    lines = ["| " + " | ".join(_HEAD) + " |", "|" + "---|" * len(_HEAD)]
-    lines += ["| " + " | ".join(_row(arm, comparison["metric"])) + " |" for arm in comparison["arms"]]
-    return "\n".join(lines) + "\n"
+# ---- what is to be run
 
 
-def short_setting(override: str) -> str:
-    """`learning_rate=2e-3` for `training.learning_rate=2e-3`."""
-    key, _, value = override.partition("=")
-    return f"{key.rpartition('.')[2]}={value}"
+def _plan(
+    path: str,
+    overrides: Sequence[str],
+    recipe: Recipe,
+    algorithms: Sequence[str],
+    seeds: Sequence[int],
+    grid: Sequence[str],
+    tuning_seed: int,
+    judge: str,
+    output: Path,
+) -> list[_Arm]:
+    """All runs that may be needed, their recipes read now: a bad setting or seed is refused before the first run, and
+    a file that is changed meanwhile changes nothing."""
+    settings = _settings(grid)
+    tuned = len(settings) > 1
+    if recipe.evaluation.split != "test":
+        raise DecafError(f"evaluation.split={recipe.evaluation.split}: decaf compare sets it itself; leave it out")
+    if recipe.hub.repo_id is not None:
+        raise DecafError(f"hub.repo_id={recipe.hub.repo_id}: decaf compare publishes nothing; leave it out")
+    if tuned and not recipe.data.validation_size:
+        raise DecafError("--grid chooses on the validation set; set data.validation_size")
+    if tuned and tuning_seed in seeds:
+        raise DecafError(f"--tuning-seed {tuning_seed} is one of --seeds; choosing needs a seed of its own")
 
+    def run(algorithm: str, setting: list[str], seed: int, folder: Path, *more: str) -> _Run:
+        words = [*overrides, *setting, *more, f"algorithm.name={algorithm}", f"seed={seed}"]
+        return _Run(algorithm, setting, seed, read_recipe(path, [*words, f"output_dir={json.dumps(str(folder))}"]))
 
-_HEAD = ("algorithm", "setting", "agents' mean", "worst agent", "consensus", "sent by one agent, MiB")
-
-
-def _row(arm: dict[str, Any], metric: str) -> list[str]:
-    scores = [
-        f"{arm[who][metric]['mean']:.3f} ± {arm[who][metric]['sd']:.3f}"
-        for who in ("agents_mean", "agents_min", "consensus")
-    ]
-    setting = ", ".join(short_setting(override) for override in arm["setting"]) or "as in the recipe"
-    return [arm["algorithm"], setting, *scores, f"{arm['payload_mib']:.1f}"]
+    arms = []
+    for algorithm in algorithms:
+        tries, runs = output / "tuning" / algorithm, output / "runs" / algorithm
+        tuning = [
+            run(algorithm, setting, tuning_seed, tries / "_".join(setting), "evaluation.split=validation")
+            for setting in settings
+            if tuned
+        ]
+        finals = [[run(algorithm, setting, seed, runs / f"seed-{seed}") for seed in seeds] for setting in settings]
+        arms.append(_Arm(algorithm, tuning, finals, recipe.evaluation.metrics[0], judge))
+    return arms
 
 
 def _settings(grid: Sequence[str]) -> list[list[str]]:
@@ -135,60 +269,159 @@ def _settings(grid: Sequence[str]) -> list[list[str]]:
     return [list(setting) for setting in itertools.product(*axes)]
 
 
-def _run(
-    path: str, overrides: Sequence[str], algorithm: str, seed: int, folder: Path, console: Console
-) -> dict[str, Any]:
-    """The summary of one run, made now unless a finished one with the same recipe is there."""
-    recipe = read_recipe(
-        path, [*overrides, f"algorithm.name={algorithm}", f"seed={seed}", f"output_dir={json.dumps(str(folder))}"]
-    )
-    if not _finished(folder, recipe):
-        from .run import run
-
-        console.print(f"{folder} ...", highlight=False, soft_wrap=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        run(recipe, quiet=True)
-    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+# ---- running it
 
 
-def _finished(folder: Path, recipe: Recipe) -> bool:
-    if not (folder / "summary.json").exists():
-        return False
-    return (folder / "recipe.yaml").read_text(encoding="utf-8") == resolved_yaml(recipe)
+def _work(arms: list[_Arm], jobs: int | None, console: Console, *, retry_failed: bool) -> None:
+    """Make all runs that are missing."""
+    for run in itertools.chain.from_iterable(arm.tuning for arm in arms):
+        run.look(retry_failed=retry_failed)
+    for arm in arms:
+        arm.choose(retry_failed=retry_failed)
+    missing = sum(arm.to_do() for arm in arms)
+    if not missing:
+        return
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    with Pool(most_jobs(missing) if jobs is None else min(jobs, missing)) as pool:
+        clock = _Clock(arms)
+        if not clock.known or (jobs is None and pool.jobs > 1):
+            _try_out(arms, pool, clock, choose_jobs=jobs is None)
+        say(_first_line(missing, pool, clock))
+        made = 0
+        while True:
+            for run in itertools.islice(_due(arms, pool), pool.jobs - len(pool.busy)):
+                resumes = run.prepare()
+                say(f"{run.folder} {'goes on at its last checkpoint ' if resumes else ''}...")
+                pool.start(run, make_run, run.recipe, resumes)
+            if not pool.busy:
+                return
+            run, failure, seconds = pool.wait()
+            run.settle(failure)
+            made += 1
+            for arm in arms:
+                arm.choose(retry_failed=retry_failed)
+            if failure is None:
+                clock.add(run.algorithm, seconds)
+                say(f"{run.folder}: {_score_words(run, arms[0].judge, arms[0].metric)}, {duration(seconds)}")
+            else:
+                print(failure.trace, end="", file=sys.stderr, flush=True)
+                say(f"{run.folder} failed: {failure.reason}")
+            left = sum(arm.to_do() for arm in arms)
+            say(f"{made} of {made + left} runs{clock.left(pool)}")
 
 
-def _tell_the_runs(comparison: dict[str, Any], output: Path) -> None:
-    """Give each compared run the scores of the others, for its card."""
-    table = {name: comparison[name] for name in ("metric", "judge", "grid", "tuning_seed", "seeds", "arms")}
-    for arm, seed in itertools.product(comparison["arms"], comparison["seeds"]):
-        folder = output / "runs" / arm["algorithm"] / f"seed-{seed}"
-        write_text(folder / "comparison.json", json.dumps(table, indent=2) + "\n")
-        write_card(folder)
+def _due(arms: list[_Arm], pool: Pool) -> Iterator[_Run]:
+    return (run for arm in arms for run in arm.missing() if run not in pool.busy)
 
 
-def _arm(
-    algorithm: str, setting: list[str], tried: list[dict], seeds: Sequence[int], results: list[dict[str, Any]]
-) -> dict[str, Any]:
-    arm: dict[str, Any] = {"algorithm": algorithm, "setting": setting, "tuning": tried}
-    for who in ("agents_mean", "agents_min", "consensus"):
-        arm[who] = {}
-        for metric in results[0]["eval"][who]:
-            values = [result["eval"][who][metric] for result in results]
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            arm[who][metric] = {
-                "mean": statistics.fmean(values),
-                "sd": spread,
-                "by_seed": dict(zip(map(str, seeds), values, strict=True)),
-            }
-    arm["payload_mib"] = statistics.fmean(result["payload_mib"] for result in results)
-    return arm
+def _try_out(arms: list[_Arm], pool: Pool, clock: "_Clock", *, choose_jobs: bool) -> None:
+    """Tell seconds and memory of a run from a short trial of the first arm that trains.
+
+    Raises `DecafError` if every arm is refused and no earlier run has anything to report.
+    """
+    refused, peak = [], None
+    for arm in arms:
+        if not arm.missing():
+            continue
+        pool.start(arm, make_trial, arm.missing()[0].recipe)
+        _, answer, _ = pool.wait()
+        if isinstance(answer, Failure):
+            refused.append(answer.reason)
+            continue
+        peak = answer.peak_mib
+        if answer.seconds is not None:
+            clock.guess(arm.algorithm, answer.seconds)
+            break
+    if peak is None and not any(run.done for arm in arms for run in [*arm.tuning, *(arm.chosen or [])]):
+        raise DecafError(refused[0])
+    if choose_jobs and pool.jobs > 1:
+        pool.jobs = 1 if peak is None else min(pool.jobs, jobs_in_memory(peak))
 
 
-def _print(comparison: dict[str, Any], console: Console) -> None:
-    seeds = ", ".join(map(str, comparison["seeds"]))
-    table = Table(title=f"{comparison['metric']}, mean ± standard deviation over seeds {seeds}")
-    for name in _HEAD:
-        table.add_column(name, overflow="fold")
-    for arm in comparison["arms"]:
-        table.add_row(*_row(arm, comparison["metric"]))
-    console.print(table)
+class _Clock:
+    """How long the missing runs will take: by the runs made so far, before the first by earlier ones or a trial."""
+
+    def __init__(self, arms: list[_Arm]):
+        self.arms = arms
+        self.measured: dict[str, list[float]] = {}
+        self.guessed: dict[str, list[float]] = {}
+        for arm in arms:
+            for run in [*arm.tuning, *(arm.chosen or [])]:
+                if run.summary is not None:
+                    self.guessed.setdefault(arm.algorithm, []).append(sum(run.summary["seconds"].values()))
+        self.source = "the training seconds of finished runs"
+
+    @property
+    def known(self) -> bool:
+        return bool(self.measured or self.guessed)
+
+    def guess(self, algorithm: str, seconds: float) -> None:
+        """Take the seconds of a trial."""
+        self.guessed, self.source = {algorithm: [seconds]}, f"a short trial of {algorithm}"
+
+    def add(self, algorithm: str, seconds: float) -> None:
+        """Learn how long a run took."""
+        self.measured.setdefault(algorithm, []).append(seconds)
+
+    def seconds(self, pool: Pool) -> float:
+        """Seconds until all runs are made, arms without a run of their own counted as the others' mean."""
+        known = self.measured or self.guessed
+        mean = statistics.fmean(itertools.chain.from_iterable(known.values()))
+        usual = {arm: statistics.fmean(known.get(arm.algorithm, [mean])) for arm in self.arms}
+        total = sum(arm.to_do() * usual[arm] for arm in self.arms)
+        return total / pool.jobs
+
+    def left(self, pool: Pool) -> str:
+        """`, about 1 h 20 min left`, or nothing where nothing is known or left."""
+        if not self.known or not any(arm.to_do() for arm in self.arms):
+            return ""
+        return f", about {duration(self.seconds(pool))} left"
+
+
+def _first_line(missing: int, pool: Pool, clock: _Clock) -> str:
+    text = f"{missing} run{'s' * (missing != 1)} to do"
+    if pool.jobs > 1:
+        text += f", {pool.jobs} at a time with {pool.threads} thread{'s' * (pool.threads != 1)} each"
+    if not clock.known:
+        return f"{text}; how long they take is known after the first"
+    return f"{text}; about {duration(clock.seconds(pool))}, by {clock.source}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them, to two figures or so: `45 s`, `12 min`, `1 h 20 min`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{minutes} min"
+    hours, minutes = divmod(round(minutes / 5) * 5, 60)
+    return f"{hours} h {minutes} min" if hours < 24 else f"{hours} h"
+
+
+def _score_words(run: _Run, judge: str, metric: str) -> str:
+    return f"{metric} {run.summary['eval'][judge][metric]:.3f} ({WORDS[judge]})"
+
+
+# ---- writing it down
+
+
+def _write(comparison: dict[str, Any], arms: list[_Arm], output: Path) -> None:
+    pictures = draw_comparison(comparison, output / "pictures")
+    write_text(output / "comparison.json", json.dumps(comparison, indent=2) + "\n")
+    write_text(output / "comparison.md", markdown(comparison, pictures))
+    _tell_the_runs(comparison, arms)
+
+
+def _tell_the_runs(comparison: dict[str, Any], arms: list[_Arm]) -> None:
+    """Give each compared run the scores of all arms that finished every seed, for its card."""
+    table = {name: comparison[name] for name in ("metric", "judge", "grid", "tuning_seed", "seeds")}
+    table["arms"] = [arm for arm in comparison["arms"] if not arm["failed"]]
+    for run in (run for arm in arms for run in arm.finished()):
+        if table["arms"]:
+            write_text(run.folder / "comparison.json", json.dumps(table, indent=2) + "\n")
+        else:
+            (run.folder / "comparison.json").unlink(missing_ok=True)
+        write_card(run.folder)

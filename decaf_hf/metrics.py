@@ -97,6 +97,17 @@ METRICS = {"accuracy": Accuracy, "f1": F1, "perplexity": Perplexity}
 LOWER_IS_BETTER = {"loss", "perplexity"}
 
 
+def best(metric: str, scores: Sequence[float]) -> int:
+    """Index of the best score of a metric, the first of equal ones."""
+    choose = min if metric in LOWER_IS_BETTER else max
+    return choose(range(len(scores)), key=scores.__getitem__)
+
+
+def worst_agent(metric: str) -> str:
+    """The key of an evaluation under which the worst agent's score of a metric stands."""
+    return "agents_max" if metric in LOWER_IS_BETTER else "agents_min"
+
+
 @dataclass(frozen=True)
 class Outcomes:
     """What a model made of rows, as far as metrics look at it; arrays of shape `(rows,)`."""

@@ -345,7 +345,7 @@ def _sections(runs: list[_Run]) -> list[_Section]:
         "payload": max(run.series("payload_mib").max() for run in runs),
     }
     names = list(dict.fromkeys(name for run in runs for name in run.metrics))
-    limits = {name: _limits(np.concatenate([_values(run, name) for run in runs])) for name in names}
+    limits = {name: axis_limits(np.concatenate([_values(run, name) for run in runs])) for name in names}
     return [
         _Section(
             "Graph",
@@ -409,15 +409,21 @@ def _per_group(
 
 
 def _picture(stem: str, runs: list[_Run], figure: Figure) -> _Picture:
+    return _Picture(f"{stem}.png", ", ".join(run.name for run in runs), figure.get_figwidth(), png(figure))
+
+
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
     buffer = io.BytesIO()
     figure.canvas.print_png(buffer, metadata={"Software": None})  # savefig would draw everything twice
-    return _Picture(f"{stem}.png", ", ".join(run.name for run in runs), figure.get_figwidth(), buffer.getvalue())
+    return buffer.getvalue()
 
 
-def _new_figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of some inches that draws without a display."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     figure.get_layout_engine().set(wspace=0.04, hspace=0.06)
-    FigureCanvasAgg(figure)  # draws without a display
+    FigureCanvasAgg(figure)
     return figure
 
 
@@ -428,7 +434,7 @@ def _graph(run: _Run) -> Figure:
         for i, j, weight in summary.edges:
             mixing[i, j] = mixing[j, i] = weight
     side = 4.0 if summary.agents <= 8 else 6.0 if summary.agents <= 24 else WIDE  # inches
-    figure = _new_figure(max(side, NARROW), side + 0.6)
+    figure = new_figure(max(side, NARROW), side + 0.6)
     notes = ["round 1, the pairs change"] if summary.topology in CHANGING and summary.agents > 1 else []
     if run.pooled:
         title = f"one learner on the data of {_plural(summary.agents, 'agent', 'agents')}"
@@ -439,38 +445,38 @@ def _graph(run: _Run) -> Figure:
     else:
         low, high = mixing.diagonal().min(), mixing.diagonal().max()
         own = f"{low:.3g}" if math.isclose(low, high) else f"{low:.3g} to {high:.3g}"
-        title = f"{_shortened(Path(summary.topology).name)}, {_plural(summary.agents, 'agent', 'agents')}\n"
+        title = f"{shortened(Path(summary.topology).name)}, {_plural(summary.agents, 'agent', 'agents')}\n"
         title += f"{summary.weights} weights, self weight {own}"
-    figure.suptitle(_plain(title), fontsize=11)
+    figure.suptitle(plain(title), fontsize=11)
     draw_mixing(figure.subplots(), mixing, summary.topology, side=side, notes=notes)
     return figure
 
 
 def _loss(runs: list[_Run]) -> Figure:
-    figure = _new_figure(WIDE, 3.6)
+    figure = new_figure(WIDE, 3.6)
     axes = figure.subplots()
     _draw_runs(axes, runs, "loss")
     axes.set_ylabel("training loss")
     if len(runs) > 1:
-        _legend(figure, axes)
+        legend(figure, axes)
     return figure
 
 
 def _consensus(runs: list[_Run]) -> Figure:
-    figure = _new_figure(WIDE, 3.4)
+    figure = new_figure(WIDE, 3.4)
     panels = figure.subplots(1, 3)
     for axes, name in zip(panels, ("consensus_distance", "interference", "truncation"), strict=True):
         _draw_runs(axes, runs, name)
         axes.set_title(name.replace("_", " "))
     if len(runs) > 1:
-        _legend(figure, panels[0])
+        legend(figure, panels[0])
     return figure
 
 
 def _scores(run: _Run, limits: dict[str, tuple[float, float]], width: float) -> Figure:
     columns = min(3, len(run.metrics)) if width == WIDE else 1
     rows = math.ceil(len(run.metrics) / columns)
-    figure = _new_figure(width, (2.9 if width == WIDE else 2.2) * rows + 0.8)
+    figure = new_figure(width, (2.9 if width == WIDE else 2.2) * rows + 0.8)
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, name in zip(panels, run.metrics, strict=False):
         if len(run.evaluations) > 1:
@@ -482,8 +488,8 @@ def _scores(run: _Run, limits: dict[str, tuple[float, float]], width: float) -> 
     for axes in panels[len(run.metrics) :]:
         axes.set_axis_off()
     if width != WIDE:
-        figure.suptitle(_plain(run.name), fontsize=11, fontweight="bold")
-    _legend(figure, panels[0])
+        figure.suptitle(plain(run.name), fontsize=11, fontweight="bold")
+    legend(figure, panels[0])
     return figure
 
 
@@ -526,12 +532,12 @@ def _draw_score_points(axes: Axes, run: _Run, name: str) -> None:
 def _partition(run: _Run, width: float) -> Figure:
     counts = np.array(run.partition.training_samples)
     N, L = counts.shape
-    labels = [_plain(_shortened(label)) for label in run.partition.labels]
+    labels = [plain(shortened(label)) for label in run.partition.labels]
     longest = 0.08 * max(map(len, labels))  # inches
     cell = (width - 1.0) / L
     rotation = 0 if longest < cell else 90
     height = 0.3 * N if N <= 24 else min(0.15 * N, 12.0)
-    figure = _new_figure(width, max(height, 0.6) + (longest if rotation else 0.2) + 0.9)
+    figure = new_figure(width, max(height, 0.6) + (longest if rotation else 0.2) + 0.9)
     axes = figure.subplots()
     axes.grid(False)
     image = axes.imshow(counts, cmap="Blues", norm=PowerNorm(0.5, vmin=0, vmax=max(1, counts.max())), aspect="auto")
@@ -550,7 +556,7 @@ def _partition(run: _Run, width: float) -> Figure:
 
 def _cost(run: _Run, highest: dict[str, float], width: float) -> Figure:
     wide = width == WIDE
-    figure = _new_figure(width, 3.4 if wide else 5.2)
+    figure = new_figure(width, 3.4 if wide else 5.2)
     seconds, payload = figure.subplots(1, 2) if wide else figure.subplots(2, 1)
     edges = np.arange(len(run.rounds) + 1) + 0.5
     below = np.zeros(len(run.rounds))
@@ -565,8 +571,8 @@ def _cost(run: _Run, highest: dict[str, float], width: float) -> Figure:
     for axes in (seconds, payload):
         _round_axis(axes, len(run.rounds))
     if not wide:
-        figure.suptitle(_plain(run.name), fontsize=11, fontweight="bold")
-    _legend(figure, seconds)
+        figure.suptitle(plain(run.name), fontsize=11, fontweight="bold")
+    legend(figure, seconds)
     return figure
 
 
@@ -580,7 +586,7 @@ def _draw_runs(axes: Axes, runs: list[_Run], name: str) -> None:
             linestyle=LINE_STYLES[index // len(COLORS) % len(LINE_STYLES)],
             linewidth=1.8,
             clip_on=False,  # a line along zero stays whole
-            label=_plain(run.name),
+            label=plain(run.name),
             **_mark(len(run.rounds)),
         )
     values = np.concatenate([run.series(name) for run in runs])
@@ -606,7 +612,7 @@ def _round_axis(axes: Axes, rounds: int) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10], min_n_ticks=1))
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def legend(figure: Figure, axes: Axes) -> None:
     """A legend below all panels."""
     handles, labels = axes.get_legend_handles_labels()
     longest = 0.075 * max(map(len, labels)) + 0.65  # inches
@@ -623,7 +629,7 @@ def _values(run: _Run, name: str) -> np.ndarray:
     )
 
 
-def _limits(values: np.ndarray) -> tuple[float, float]:
+def axis_limits(values: np.ndarray) -> tuple[float, float]:
     """Ends of an axis around the values, wide enough that rounding errors do not look like differences."""
     values = values[np.isfinite(values)]
     if not len(values):
@@ -633,11 +639,11 @@ def _limits(values: np.ndarray) -> tuple[float, float]:
     return (low + high) / 2 - reach, (low + high) / 2 + reach
 
 
-def _shortened(text: str, most: int = 24) -> str:
+def shortened(text: str, most: int = 24) -> str:
     """The text, or its beginning and its end."""
     return text if len(text) <= most else f"{text[: most - 13]}...{text[-10:]}"
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """A text without mathematics for matplotlib."""
     return text.replace("$", r"\$")

@@ -1,10 +1,15 @@
 """One run from a recipe: everything that can be refused is refused first, then the folder is made and filled."""
 
 import contextlib
+import io
 import json
+import math
 import os
 import shutil
+import statistics
 import sys
+import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +30,7 @@ from .publication import base_model_id
 from .push import PushCallback
 from .recipe import HubSection, Recipe, read_recipe, resolved_yaml
 from .report import write_report
+from .rounds import read_metrics
 from .sites import Sites, load_sites
 from .tasks import load_task, lora_config, model_location
 from .trainer import DecentralizedTrainer
@@ -47,12 +53,47 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet:
     trainer = build_trainer(recipe, sites, processes)
     exchange.together(processes, lambda: _try_out(trainer))
     with contextlib.ExitStack() as held:
-        exchange.together(processes, lambda: held.enter_context(_held(folder)) if processes.is_main else None)
+        exchange.together(processes, lambda: held.enter_context(held_alone(folder)) if processes.is_main else None)
         exchange.together(processes, lambda: _check_folder(folder, recipe, resume, overwrite))  # as it is by now
         _train(recipe, trainer, sites, processes, console, resume=resume, overwrite=overwrite)
     if processes.is_main and recipe.hub.repo_id is not None:
         _publish(folder, recipe.hub, console)
     return trainer
+
+
+def trial(recipe: Recipe) -> float | None:
+    """Seconds that the whole run will take, by three short rounds and one evaluation in a temporary folder.
+
+    Loading is timed as it is, steps and rounds are multiplied; checkpoints and the report are not counted. None if
+    the training fails. Raises `DecafError` for what a run refuses before it trains.
+    """
+    processes = exchange.join()
+    rounds, local_steps, every = recipe.algorithm.rounds, recipe.algorithm.local_steps, recipe.evaluation.every_rounds
+    steps = min(local_steps, 4)
+    changes = {
+        "algorithm": recipe.algorithm.model_copy(update={"rounds": 3, "local_steps": steps}),
+        "evaluation": recipe.evaluation.model_copy(update={"every_rounds": None}),
+        "checkpoint_rounds": None,
+    }
+    with tempfile.TemporaryDirectory(prefix="decaf-") as folder, contextlib.redirect_stdout(io.StringIO()):
+        short = recipe.model_copy(update={**changes, "output_dir": folder})
+        start = time.perf_counter()
+        trainer = build_trainer(short, load_sites(short, processes), processes)
+        _try_out(trainer)
+        ready = time.perf_counter()
+        try:
+            trainer.train()
+        except DecafError:
+            return None
+        end = time.perf_counter()
+        lines = read_metrics(Path(folder) / "metrics.jsonl")
+    parts = ("train_seconds", "mix_seconds", "measure_seconds")
+    evaluation = end - ready - sum(line[part] for line in lines for part in parts)
+    warm = lines[1:]  # the first round allocates and compiles
+    step = statistics.fmean(line["train_seconds"] for line in warm) / steps
+    between = statistics.fmean(line["mix_seconds"] + line["measure_seconds"] for line in warm)
+    evaluations = 1 if every is None else math.ceil(rounds / every)
+    return ready - start + rounds * (local_steps * step + between) + evaluations * evaluation
 
 
 def _train(
@@ -102,7 +143,7 @@ def _train(
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
+def held_alone(folder: Path, *, who: str = "run", option: str = "output_dir") -> Iterator[None]:
     """Keep a second run out of the folder while this one lives; the lock of a killed run is free again."""
     place = folder.resolve()
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +151,7 @@ def _held(folder: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise DecafError(f"another run is writing {folder}; wait for its end or choose another output_dir") from None
+        raise DecafError(f"another {who} is writing {folder}; wait for its end or choose another {option}") from None
     try:
         yield
     finally:
@@ -211,10 +252,7 @@ def config_of(recipe: Recipe) -> DecentralizedConfig:
 
 
 def _check_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        why = "cannot be written" if there.is_dir() else "is no folder"
-        raise DecafError(f"output_dir {str(folder)!r}: {there} {why}; choose another")
+    check_writable(folder)
     if resume and overwrite:
         raise DecafError("--resume and --overwrite exclude each other")
     if resume:
@@ -231,6 +269,14 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -
             raise DecafError(f"--overwrite would remove {folder}, where the command runs; choose another output_dir")
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise DecafError(f"run folder {folder} exists; use --resume, --overwrite or another name")
+
+
+def check_writable(folder: Path, *, option: str = "output_dir") -> None:
+    """Raise `DecafError` if the folder, or the nearest that exists above it, cannot be written."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "cannot be written" if there.is_dir() else "is no folder"
+        raise DecafError(f"{option} {str(folder)!r}: {there} {why}; choose another")
 
 
 def _empty(folder: Path) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from decaf_hf import checkpoint, exchange
 from decaf_hf.errors import DecafError
 from decaf_hf.rounds import Network
-from decaf_hf.run import _held
+from decaf_hf.run import held_alone
 
 from . import tiny, tiny_recipe
 from .agents import run_agents
@@ -403,7 +403,7 @@ def test_an_interrupted_run_says_how_to_go_on(folder, monkeypatch):
 def test_two_runs_do_not_write_into_one_folder(folder):
     quick = ("algorithm.rounds=1", "algorithm.local_steps=1")
     assert command("train", "recipe.yaml", *quick)[0] == 0
-    with _held(folder / "run"):
+    with held_alone(folder / "run"):
         for flag in ("--resume", "--overwrite"):
             refused(folder, flag, *quick, named=("another run is writing", str(folder / "run")))
     assert command("train", "recipe.yaml", "--overwrite", *quick)[0] == 0

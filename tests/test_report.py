@@ -329,9 +329,9 @@ def test_axes_count_whole_rounds_and_legends_cover_nothing(tmp_path):
 
 
 def test_equal_scores_do_not_look_different():
-    low, high = report._limits(np.array([0.30665025, 0.30665028]))
+    low, high = report.axis_limits(np.array([0.30665025, 0.30665028]))
     assert high - low > 0.02
-    assert report._limits(np.array([math.nan])) == (0, 1)
+    assert report.axis_limits(np.array([math.nan])) == (0, 1)
 
 
 @pytest.mark.parametrize(
