@@ -38,7 +38,10 @@ from .sampling import AgentMajorSampler
 from .seeds import graph_seed, stream_seed
 from .summary import versions, write_summary
 
-ROW_WISE_LOSSES = ("ForSequenceClassification",)  # losses known to be a function of each row's own logits
+ROW_WISE_LOSSES = (
+    "ForSequenceClassification",
+    "ForImageClassification",
+)  # losses known to be a function of each row's own logits
 
 
 class DecentralizedMixin:
@@ -99,6 +102,7 @@ class DecentralizedMixin:
             self.schedule,
             split=args.split,
             align=args.align,
+            gossip_steps=1 if ALGORITHMS[args.algorithm].complete else args.gossip_steps,
         )
         self.evaluation: dict[str, Any] | None = None  # the newest one, as it stands in metrics.jsonl
         self._evaluated_step: int | None = None
