@@ -38,10 +38,8 @@ from .sampling import AgentMajorSampler
 from .seeds import graph_seed, stream_seed
 from .summary import versions, write_summary
 
-ROW_WISE_LOSSES = (
-    "ForSequenceClassification",
-    "ForImageClassification",
-)  # losses known to be a function of each row's own logits
+# losses known to be a function of each row's own logits
+ROW_WISE_LOSSES = ("ForSequenceClassification", "ForImageClassification")
 
 
 class DecentralizedMixin:
