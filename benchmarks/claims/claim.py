@@ -1,6 +1,7 @@
 """What the five claims share beside the task: rows that outlive a break, means over seeds, intervals, pictures."""
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -14,6 +15,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from scipy.stats import spearmanr
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import report
@@ -114,9 +116,14 @@ def interval(numbers: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(numbers) - half, statistics.fmean(numbers) + half
 
 
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's: 1 if y grows wherever x does, -1 if it falls."""
+    return float(spearmanr(x, y).statistic)
+
+
 def falls(numbers: Sequence[float]) -> bool:
     """Whether each number is at most the one before it."""
-    return all(after <= before for before, after in zip(numbers, numbers[1:], strict=False))
+    return all(after <= before for before, after in itertools.pairwise(numbers))
 
 
 def panels(count: int, *, height: float = 3.6, width: float = 4.4) -> tuple[Figure, list[Axes]]:

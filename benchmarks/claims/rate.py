@@ -5,9 +5,10 @@
 Measured where the gradient is known: noisy low-rank matrix sensing. Agent i sees y = (M + D_i) x + noise for Gaussian
 x, a batch per step, and fits W = B A by stochastic gradients in float64; M has rank r, the D_i sum to zero over the
 agents. One mixing per step, constant step size c sqrt(N / T), the same c for both algorithms, no clipping. Reported is
-the squared norm of the true gradient of the mean objective by (A, B), at the network's consensus adapter, averaged over
-the T steps: what O(1/sqrt(T)) is said of (every fourth step is looked at). Only `decaf_hf.algorithms`, `.mixing` and `.topology` do the mixing; seeds
-and horizons T ride in one batch, as layers of an adapter.
+the squared norm of the true gradient of the mean objective by (A, B), at the network's consensus adapter, averaged
+over the T steps (every fourth one is looked at): what O(1/sqrt(T)) is said of. `decaf_hf.algorithms` and `.mixing` do
+the mixing; seeds and horizons T ride in one batch, as layers of an adapter. DeCAF leaves open how the truncated SVD is
+split into factors: `sqrt` (balanced) and `row_norms` (the default here) are both measured.
 """
 
 import itertools
@@ -82,7 +83,7 @@ def work(config: dict) -> dict:
     B = torch.zeros(count, N, d, r, dtype=torch.float64)
     total = torch.zeros(count, dtype=torch.float64)
     for t in range(max(horizons)):
-        first = sum(T <= t for T in horizons) * seeds  # horizons are in order: the problems before this one are done
+        first = sum(t >= T for T in horizons) * seeds  # horizons are in order: problems before this one are done
         alive = slice(first, count)
         runs = (count - first) // seeds
         if t % EVERY == 0:
