@@ -42,7 +42,7 @@ def config(rule: str, lora_rank: int, seed: int, rounds: int = 10) -> dict:
 
 
 CONFIGS = [config(*setting) for setting in itertools.product(RULES, RANKS, SEEDS)]
-SMALLEST = [config(*setting, rounds=2) for setting in itertools.product(RULES, (1, 2), (0, 1))]
+SMALLEST = [config(*setting, rounds=2) for setting in itertools.product(RULES[1:], (1, 2), (0,))]
 
 
 def work(config: dict) -> dict:

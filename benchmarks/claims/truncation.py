@@ -24,7 +24,7 @@ from decaf_hf.algorithms import Adapter, average_products
 from decaf_hf.lowrank import LoraFactors
 
 NAME = "truncation"
-RANKS, GRAPHS, SEEDS = (1, 2, 4, 8, 16, 32), ("complete", "exponential", "ring"), (0, 1, 2)
+RANKS, GRAPHS, SEEDS = (1, 2, 4, 8, 16, 32), ("complete", "ring"), (0, 1, 2)
 EXACT = {"float32": 1e-5, "float64": 1e-12}  # relative to the product: some ten units of rounding, through 64 columns
 
 
@@ -34,7 +34,7 @@ def config(lora_rank: int, topology: str, seed: int, rounds: int = 10) -> dict:
 
 
 CONFIGS = [config(*setting) for setting in itertools.product(RANKS, GRAPHS, SEEDS)]
-SMALLEST = [config(*setting, rounds=2) for setting in itertools.product((1, 2), ("ring",), (0, 1))]
+SMALLEST = [config(*setting, rounds=2) for setting in itertools.product((1, 2), ("ring",), (0,))]
 
 
 def deviation(own: Adapter, senders: list[Adapter], weights: list[float], lora_rank: int) -> float:
