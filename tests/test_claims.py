@@ -42,6 +42,16 @@ def test_a_claim_is_measured_drawn_and_judged(name, tmp_path):
     assert all(panel.lines or panel.collections for panel in figure.axes)
 
 
+def test_the_page_shows_the_committed_results(monkeypatch):
+    readme_tables = importlib.import_module("readme_tables")
+    monkeypatch.setattr(claim.report, "RESULTS", readme_tables.RESULTS)
+    page = ROOT / "docs" / "claims.md"
+    assert readme_tables.filled(page, readme_tables.claims()) == page.read_text(encoding="utf-8")
+    for name in NAMES:
+        assert f"results/claims/{name}.png" in page.read_text(encoding="utf-8")
+        assert claim.path_of(name).with_suffix(".png").exists()
+
+
 def test_results_are_kept_by_configuration(tmp_path):
     done = []
 
