@@ -3,10 +3,10 @@
     python benchmarks/claims/rank.py [--again]
 
 Measured in two ways. On one trajectory: before each round, from the same factors of an agent's neighborhood, the
-product that DLoRA's rule gives and the one that DeCAF's gives; their distance relative to the exact mean product, the
-root mean square over the agents. Both a DLoRA and a DeCAF run are followed, since DeCAF's agents hold their factors in
-bases of their own, which DLoRA's never do. Between runs: the distance of the consensus adapters of a DLoRA and a DeCAF
-run from the same start, on the same samples.
+product that DLoRA's rule gives and the one that DeCAF's gives; their distance relative to the exact mean product (and,
+once, not relative), the root mean square over the agents. Both a DLoRA and a DeCAF run are followed, since DeCAF's
+agents hold their factors in bases of their own, which DLoRA's never do. Between runs: the distance of the consensus
+adapters of a DLoRA and a DeCAF run from the same start, on the same samples.
 
 What rank means depends on the scaling s of W0 + s B A, so two rules: s = 8 / r (lora_alpha 8 whatever r, the paper's
 form) and s = 1 (lora_alpha = r). One learning rate for all. Since the rank also changes how far a run gets, the
@@ -87,6 +87,9 @@ def measures(rows: list[dict]) -> dict:
     found = {}
     for name in ALGORITHMS:
         found[f"{name}'s factors, last round"] = lambda row, name=name: row[name]["difference"][-1]
+        found[f"{name}'s factors, not relative"] = lambda row, name=name: (
+            row[name]["difference"][-1] * row[name]["norm"][-1]
+        )
         found[f"{name}'s factors, at one norm"] = lambda row, name=name: matched(rows, row, name)
     return {**found, "between the runs": lambda row: row["between_runs"]}
 
@@ -114,11 +117,8 @@ def sentence(rows: list[dict]) -> str:
     for rule in rules:
         for words, value in measures(rows).items():
             means = [statistics.fmean(value(r) for r in chosen(rows, rule=rule, lora_rank=rank)) for rank in ranks]
-            change = f"{means[0]:.3f} at {ranks[0]}, {means[-1]:.3f} at {ranks[-1]}"
-            parts[f"with s = {rule} the difference falls with the rank: {words} ({change})"] = (
-                rank_correlation(ranks, means) <= FALLS
-            )
-    return verdict(parts)
+            parts[f"s = {rule}: {words} ({means[0]:.3f}, {means[-1]:.3f})"] = rank_correlation(ranks, means) <= FALLS
+    return f"The difference falls with the rank (in brackets at ranks {ranks[0]} and {ranks[-1]}). {verdict(parts)}"
 
 
 def picture(rows: list[dict]) -> Figure:
@@ -128,11 +128,12 @@ def picture(rows: list[dict]) -> Figure:
         for index, (words, value) in enumerate(measures(rows).items()):
             by_rank = [[value(row) for row in chosen(rows, rule=rule, lora_rank=rank)] for rank in ranks]
             line(panel, index, ranks, by_rank, words)
-        panel.set(title=f"s = {rule}", xlabel="LoRA rank", xscale="log", yscale="log")
+        panel.set(title=f"s = {rule}", xlabel="LoRA rank", xscale="log", yscale="log", ylim=(0.01, 3))
+        panel.set_yticks([0.01, 0.03, 0.1, 0.3, 1, 3], [0.01, 0.03, 0.1, 0.3, 1, 3])
         panel.set_xticks(ranks, ranks)
         panel.minorticks_off()
-    axes[0].set_ylabel("relative difference")
-    axes[-1].legend(fontsize=8)
+    axes[0].set_ylabel("difference, relative where not said")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
 

@@ -165,7 +165,7 @@ def picture(rows: list[dict]) -> Figure:
         panel.plot(horizons, guide, "--", color="#777777", linewidth=1, label="1 / sqrt(T)")
         panel.set(xscale="log", yscale="log", title=arm, xlabel="T, steps", ylim=(0.8 * low, 1.4 * top))
         panel.set_xticks(horizons, horizons)
-        panel.set_yticks([0.025, 0.05, 0.1, 0.2, 0.4], [0.025, 0.05, 0.1, 0.2, 0.4])
+        panel.set_yticks([0.05, 0.1, 0.2, 0.4], [0.05, 0.1, 0.2, 0.4])
         panel.minorticks_off()
     axes[0].set_ylabel("squared gradient norm, mean over the run")
     axes[0].legend(fontsize=8)
