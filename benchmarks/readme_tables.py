@@ -1,4 +1,4 @@
-"""Put the tables of the committed results into README.md, between its markers.
+"""Put the tables of the committed results into README.md and docs/claims.md, between their markers.
 
 python benchmarks/readme_tables.py
 """
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+from claims import graph, interference, rank, rate, truncation
 from hosting import MEMORY_COLUMNS, TIME_COLUMNS
 from lowrank import COLUMNS
 from publish import COLUMNS as PUBLISH_COLUMNS
@@ -16,7 +17,8 @@ from report import RESULTS, markdown
 
 from decaf_hf.comparison import paired_differences, paired_table, scores_table, tuning_table
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+CLAIMS = {module.NAME: module for module in (truncation, rank, rate, interference, graph)}
 
 
 def where(report: dict) -> str:
@@ -43,13 +45,28 @@ def tables() -> dict[str, str]:
     return texts
 
 
-def main() -> None:
-    text = README.read_text(encoding="utf-8")
-    for name, table in tables().items():
+def claims() -> dict[str, str]:
+    """Marker -> table, sentence and machine of a claim."""
+    texts = {}
+    for name, module in CLAIMS.items():
+        measured = json.loads((RESULTS / "claims" / f"{name}.json").read_text(encoding="utf-8"))
+        texts[name] = f"{module.page(measured['rows'])}\n{where(measured)}\n"
+    return texts
+
+
+def filled(page: Path, texts: dict[str, str]) -> str:
+    """The page with each text between its markers."""
+    text = page.read_text(encoding="utf-8")
+    for name, table in texts.items():
         pattern = re.compile(f"<!-- {name} -->.*?<!-- end -->", re.DOTALL)
-        assert pattern.search(text), f"README.md has no marker {name}"
+        assert pattern.search(text), f"{page.name} has no marker {name}"
         text = pattern.sub(lambda _, n=name, t=table: f"<!-- {n} -->\n{t}<!-- end -->", text)
-    README.write_text(text, encoding="utf-8")
+    return text
+
+
+def main() -> None:
+    for page, texts in ((ROOT / "README.md", tables()), (ROOT / "docs" / "claims.md", claims())):
+        page.write_text(filled(page, texts), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -139,6 +139,8 @@ def _graph(options: argparse.Namespace, _: list[str]) -> int:
     from .mixing import mixing_schedule
     from .seeds import graph_seed
 
+    if options.gossip_steps < 1:
+        raise DecafError(f"--gossip-steps is {options.gossip_steps}; it must be at least 1")
     schedule = mixing_schedule(
         options.topology,
         options.agents,
@@ -148,7 +150,7 @@ def _graph(options: argparse.Namespace, _: list[str]) -> int:
         seed=graph_seed(options.seed),
     )
     console = Console()
-    print_graph(schedule, adapter_mib=options.adapter_mib, console=console)
+    print_graph(schedule, adapter_mib=options.adapter_mib, console=console, gossip_steps=options.gossip_steps)
     output = Path(options.output or f"{Path(options.topology).stem}-{options.agents}.png")
     draw_graph(schedule, output)
     console.print(f"drawn to {output}", highlight=False, soft_wrap=True)
@@ -239,6 +241,7 @@ def _parser() -> argparse.ArgumentParser:
     graph.add_argument("--degree", type=int, help="for random_regular and small_world")
     graph.add_argument("--probability", type=float, help="for erdos_renyi and small_world")
     graph.add_argument("--seed", type=int, default=0, help="for random graphs")
+    graph.add_argument("--gossip-steps", type=int, default=1, help="mixing steps per round, as network.gossip_steps")
     graph.add_argument("--adapter-mib", type=float, help="size of an adapter, for the payload of a round")
     graph.add_argument("--output", help="the PNG (default: TOPOLOGY-N.png)")
     graph.set_defaults(command=_graph)

@@ -49,6 +49,13 @@ class DecentralizedConfig(TrainingArguments):
     probability: float | None = field(
         default=None, metadata={"help": "Edge probability of erdos_renyi, rewiring probability of small_world."}
     )
+    gossip_steps: int = field(
+        default=1,
+        metadata={
+            "help": "Times that a round exchanges and mixes: more bytes, closer agents. A topology that changes takes "
+            "its next graph each time; fedavg and flexlora are exact after one and do one."
+        },
+    )
     split: str = field(
         default="row_norms",
         metadata={"help": f"How decaf and flexlora share the singular values between A and B: {', '.join(SPLITS)}."},
@@ -101,6 +108,8 @@ class DecentralizedConfig(TrainingArguments):
                 raise DecafError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.local_steps < 1:
             raise DecafError(f"local_steps must be at least 1, got {self.local_steps}; 1 is a round after every step")
+        if self.gossip_steps < 1:
+            raise DecafError(f"gossip_steps must be at least 1, got {self.gossip_steps}; algorithm local never mixes")
         require_one_of("algorithm", self.algorithm, ALGORITHMS)
         require_one_of("split", self.split, SPLITS)
         require_one_of("optimizer_state", self.optimizer_state, STATES)

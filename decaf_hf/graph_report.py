@@ -30,8 +30,13 @@ PANELS = 8  # rounds drawn
 AGENT_COLOR, EDGE_COLOR, LABEL_COLOR = "#56B4E9", "#999999", "#000000"
 
 
-def print_graph(schedule: MixingSchedule, *, adapter_mib: float | None, console: Console) -> None:
-    """Print a table per round, then the edges, the spectral gap and, given `adapter_mib`, what all agents send."""
+def print_graph(
+    schedule: MixingSchedule, *, adapter_mib: float | None, console: Console, gossip_steps: int = 1
+) -> None:
+    """Print a table per round, then the edges, the spectral gap and, given `adapter_mib`, what all agents send.
+
+    With more than one of `gossip_steps` the table's rounds are the hops that a round of training is made of.
+    """
     rounds = _first_rounds(schedule)
     for round_index in rounds:
         console.print(_round_table(schedule, round_index, adapter_mib))
@@ -49,6 +54,9 @@ def print_graph(schedule: MixingSchedule, *, adapter_mib: float | None, console:
     elif schedule.period > 1:
         console.print(f"the rounds repeat after {schedule.period}")
     console.print(f"spectral gap: {schedule.spectral_gap:.4f} (1: agents agree at once, 0: never)")
+    if gossip_steps > 1:
+        gap = 1 - (1 - schedule.spectral_gap) ** gossip_steps
+        console.print(f"with {gossip_steps} gossip steps per round: spectral gap {gap:.4f}, payload x {gossip_steps}")
 
 
 def draw_graph(schedule: MixingSchedule, path: str | Path) -> None:

@@ -444,6 +444,12 @@ class NetworkSection(_Section):
     probability: float | None = Field(
         None, ge=0, le=1, description="Probability of an edge, for topologies that need it."
     )
+    gossip_steps: int = Field(
+        1,
+        ge=1,
+        description="Times that a round exchanges and mixes: more bytes, closer agents. A topology that changes takes "
+        "its next graph each time; fedavg and flexlora are exact after one and do one.",
+    )
     hosting: Literal["auto", "batched", "turns"] = Field(
         "auto", description="How the agents of one process train: as one batch, in turn, or batched where possible."
     )

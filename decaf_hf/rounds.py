@@ -1,6 +1,7 @@
 """A consensus round: which adapters a process holds, how they mix along the graph, what is measured and logged."""
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -38,10 +39,10 @@ class Layout(NamedTuple):
 
 
 class Exchanged(NamedTuple):
-    """What one hosted agent mixed in a round, and what it sent."""
+    """What one hosted agent mixed in a hop, and what it sent."""
 
     agent: int
-    senders: list[algorithms.Adapter]  # as they arrived, its own among them
+    senders: list[algorithms.Adapter]  # as they arrived, its own among them; kept of a round's first hop only
     weights: list[float]
     truncation: float
     payload_bytes: int
@@ -63,6 +64,7 @@ class Network:
         align: bool,
         ranks: Sequence[int] | None,
         optimizer_state: str,
+        gossip_steps: int = 1,
     ):
         self.processes = processes
         self.num_agents = num_agents
@@ -71,6 +73,7 @@ class Network:
         self.options = {"split": split, "align": align}
         by_product = algorithms.ALGORITHMS[algorithm].mix is algorithms.average_products
         self.optimizer_state = optimizer_state if by_product else "kept"  # the other rules leave the basis as it is
+        self.gossip_steps = gossip_steps
         self.agents = list(processes.agents(num_agents))
         self.parameters: dict[int, dict[str, nn.Parameter]] = {
             agent: trainable(model, agent_name(agent)) for agent in self.agents
@@ -93,14 +96,26 @@ class Network:
                         "max_grad_norm; nothing of this round was mixed or saved"
                     )
 
-    @torch.no_grad()
     def mix(self, round_index: int) -> list[Exchanged]:
-        """One exchange along the edges of this round and one mix; an agent without neighbors keeps its adapter."""
+        """Exchange and mix `gossip_steps` times.
+
+        Hops are counted through all rounds, from 1, and hop h uses the schedule's matrix h: a topology that changes
+        goes on where the last round left it, also after a resume.
+        """
+        before = (round_index - 1) * self.gossip_steps
+        done = self._hop(before + 1)
+        for hop in range(before + 2, before + self.gossip_steps + 1):
+            done += [exchanged._replace(senders=[]) for exchanged in self._hop(hop)]
+        return done
+
+    @torch.no_grad()
+    def _hop(self, hop: int) -> list[Exchanged]:
+        """One exchange along the edges of this hop and one mix; an agent without neighbors keeps its adapter."""
         rule = algorithms.ALGORITHMS[self.algorithm].mix
         if rule is None:
             return []
-        neighbors = self.schedule.neighbors(round_index)
-        matrix = self.schedule.matrix(round_index)
+        neighbors = self.schedule.neighbors(hop)
+        matrix = self.schedule.matrix(hop)
         own = {
             agent: exchange.pack([tensors[name] for name in self.travels])
             for agent, tensors in self.parameters.items()
@@ -132,11 +147,16 @@ class Network:
                 optimizer_state.turn(optimizer, own, exchanged.rotations)
 
     def measure(self, done: list[Exchanged]) -> dict[str, float]:
-        """Means over the hosted agents of what their exchange showed; an agent that did not mix counts with zero."""
+        """Means over the hosted agents of what their exchange showed; an agent that did not mix counts with zero.
+
+        Interference is the first hop's: what local training brought apart. Truncations of several hops add up as
+        independent errors do, by the root of the sum of their squares; payloads by their sum.
+        """
         count = len(self.agents)
+        truncation = [math.hypot(*(e.truncation for e in done if e.agent == agent)) for agent in self.agents]
         return {
-            "interference": sum(algorithms.interference(e.senders, e.weights) for e in done) / count,
-            "truncation": sum(e.truncation for e in done) / count,
+            "interference": sum(algorithms.interference(e.senders, e.weights) for e in done if e.senders) / count,
+            "truncation": sum(truncation) / count,
             "payload_mib": sum(e.payload_bytes for e in done) / count / MIB,
         }
 

@@ -229,6 +229,7 @@ def config_of(recipe: Recipe) -> DecentralizedConfig:
         "weights": network.weights,
         "degree": network.degree,
         "probability": network.probability,
+        "gossip_steps": network.gossip_steps,
         "hosting": network.hosting,
         "algorithm": algorithm.name,
         "local_steps": algorithm.local_steps,

@@ -48,7 +48,7 @@ def edges(mixing: Tensor) -> list[list[int | float]]:
 
 def summarize(trainer: "DecentralizedMixin") -> dict[str, Any]:
     """The contents of `summary.json`; payload_mib is what one agent sent in all rounds, seconds are process 0's, edges
-    are round 1's."""
+    are the first hop's, spectral_gap is a hop's."""
     args = trainer.args
     lines = read_metrics(Path(args.output_dir) / "metrics.jsonl")
     return {
@@ -61,6 +61,7 @@ def summarize(trainer: "DecentralizedMixin") -> dict[str, Any]:
         "rounds": trainer.state.global_step // args.local_steps,
         "local_steps": args.local_steps,
         "lora_ranks": args.lora_ranks,  # None: all have the rank of their adapter_config.json
+        "gossip_steps": args.gossip_steps,
         "seed": args.seed,
         "training": {name: _plain(getattr(args, name)) for name in TRAINING},
         "base_model_is_local": Path(trainer.model.get_base_model().name_or_path).is_dir(),

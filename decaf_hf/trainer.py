@@ -114,6 +114,7 @@ class DecentralizedMixin:
             align=args.align,
             ranks=args.lora_ranks,
             optimizer_state=args.optimizer_state,
+            gossip_steps=1 if ALGORITHMS[args.algorithm].complete else args.gossip_steps,
         )
         self.evaluation: dict[str, Any] | None = None  # the newest one, as it stands in metrics.jsonl
         self._evaluated_step: int | None = None

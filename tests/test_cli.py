@@ -292,6 +292,17 @@ def test_graph(tmp_path):
     assert str(tmp_path / "x.png") in out
 
 
+def test_graph_tells_what_gossip_steps_do(tmp_path):
+    words = ("graph", "ring", "--agents", "6", "--output", tmp_path / "x.png", "--gossip-steps")
+    code, out, err = command(*words, "2")
+    assert (code, err) == (0, "")
+    assert "with 2 gossip steps per round: spectral gap 0.5556, payload x 2" in out  # 1 - (2/3)^2
+    (tmp_path / "x.png").unlink()
+    code, _, err = command(*words, "0")
+    assert (code, "--gossip-steps is 0; it must be at least 1" in err) == (2, True)
+    assert list(tree(tmp_path)) == []
+
+
 def test_graph_without_output_is_named_after_the_topology(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert command("graph", "torus", "--agents", "9")[0] == 0

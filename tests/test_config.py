@@ -16,6 +16,7 @@ from . import tiny
         ({"per_device_train_batch_size": 0}, "per_device_train_batch_size must be at least 1, got 0"),
         ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps must be at least 1, got 0"),
         ({"local_steps": 0}, "local_steps must be at least 1, got 0"),
+        ({"gossip_steps": 0}, "gossip_steps must be at least 1, got 0"),
         ({"algorithm": "dekaf"}, "did you mean 'decaf'"),
         ({"save_strategy": "steps", "save_steps": 3}, "save_steps=3 is no multiple of local_steps=2"),
         ({"train_sampling_strategy": "group_by_length"}, "train_sampling_strategy is not supported"),

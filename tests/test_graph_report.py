@@ -34,6 +34,13 @@ def test_weights_stand_in_the_order_of_the_neighbors():
     assert "| 0 | 1, 4 | 0.4167 | 0.2500, 0.3333 |" in lines
 
 
+def test_gossip_steps_close_the_gap():
+    console = Console(file=io.StringIO(), width=140)
+    print_graph(mixing_schedule("ring", 6), adapter_mib=None, console=console, gossip_steps=2)
+    last = console.file.getvalue().splitlines()[-1]
+    assert last == "with 2 gossip steps per round: spectral gap 0.5556, payload x 2"  # 1 - (1 - 1/3)^2
+
+
 def test_without_an_adapter_size_no_payload_is_shown():
     assert not any("payload" in line for line in printed(mixing_schedule("ring", 6)))
 

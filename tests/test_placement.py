@@ -47,6 +47,14 @@ def test_processes_equal_one(tmp_path, algorithm, count):
 
 
 @pytest.mark.agents
+def test_processes_equal_one_with_several_gossip_steps(tmp_path):
+    changes = {"algorithm": "decaf", "topology": "random_matching", "gossip_steps": 3}
+    one = trained(tmp_path / "one", **changes)
+    parts = run_agents(trained_in_process, 3, tmp_path, changes)
+    tiny.assert_same({agent: own for part in parts for agent, own in part.items()}, one, atol=1e-9)
+
+
+@pytest.mark.agents
 def test_adamw_in_float32_stays_close(tmp_path):
     changes = {"optim": "adamw_torch", "learning_rate": 0.01, "lora_config": tiny.lora(lora_dropout=0.2)}
     one = trained(tmp_path / "one", model=tiny.bert(torch.float32), **changes)

@@ -159,6 +159,7 @@ def test_override_of_a_section_keeps_the_rest_of_it(write):
         ("network.agents=6.0", "network.agents: 6.0 is not a whole number"),
         ("network.agents=3.0", "network.agents: 3.0 is not a whole number"),
         ("network.agents=0", "network.agents: 0 must be at least 1"),
+        ("network.gossip_steps=0", "network.gossip_steps: 0 must be at least 1"),
         ("network.agents=", "network.agents: null is not a whole number"),
         ("algorithm.rounds=true", "algorithm.rounds: true is not a whole number"),
         ("algorithm.rounds=ten", "algorithm.rounds: 'ten' is not a whole number"),

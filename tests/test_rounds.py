@@ -158,6 +158,77 @@ def test_an_agent_that_rests_keeps_its_adapter_and_sends_nothing(tmp_path):
     assert trainer.network.measure(done)["payload_mib"] == pytest.approx(2 / 3 * size / MIB)
 
 
+def random_adapters(trainer):
+    """Give each agent its own random adapter; a frozen A stays the common one."""
+    generator = torch.Generator().manual_seed(0)
+    travels = trainer.network.travels
+    for own in trainer.network.parameters.values():
+        for name, parameter in own.items():
+            if name in travels:
+                parameter.data = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+
+
+@pytest.mark.parametrize("algorithm", ["dlora", "dlora-fa", "decaf"])
+@pytest.mark.parametrize("topology", ["ring", "one_peer_exponential", "random_matching"])
+def test_gossip_steps_go_on_through_the_matrices(tmp_path, algorithm, topology):
+    """Round 2 with three hops is hops 4, 5 and 6, each a round of its own; of five agents some rest."""
+    changes = {"algorithm": algorithm, "topology": topology, "num_agents": 5}
+    together = tiny.trainer(tmp_path / "together", gossip_steps=3, **changes)
+    by_hand = tiny.trainer(tmp_path / "by_hand", **changes)
+    random_adapters(together)
+    random_adapters(by_hand)
+    done = together.network.mix(2)
+    hops = [by_hand.network.mix(hop) for hop in (4, 5, 6)]
+    tiny.assert_same(tiny.adapters(together), tiny.adapters(by_hand))
+    got, parts = together.network.measure(done), [by_hand.network.measure(hop) for hop in hops]
+    assert got["interference"] == parts[0]["interference"]
+    assert got["payload_mib"] == pytest.approx(sum(part["payload_mib"] for part in parts), rel=1e-12)
+    squares = [sum(e.truncation**2 for hop in hops for e in hop if e.agent == agent) for agent in range(5)]
+    assert got["truncation"] == pytest.approx(sum(square**0.5 for square in squares) / 5, rel=1e-12)
+    assert (got["truncation"] > 0) == (algorithm == "decaf")
+
+
+def test_gossip_steps_are_a_power_of_the_matrix_where_mixing_is_exact(tmp_path):
+    trainer = tiny.trainer(tmp_path, algorithm="dlora-fa", gossip_steps=3)
+    random_adapters(trainer)
+    before = tiny.adapters(trainer)
+    trainer.network.mix(1)
+    power = torch.linalg.matrix_power(mixing_schedule("ring", 4).matrix(1), 3)
+    expected = {
+        agent: {
+            name: sum(power[agent, j] * before[j][name] for j in range(4)) if name in trainer.network.travels else own
+            for name, own in before[agent].items()
+        }
+        for agent in range(4)
+    }
+    tiny.assert_same(tiny.adapters(trainer), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "times"), [("decaf", 2), ("dlora-fa", 2), ("fedavg", 1), ("flexlora", 1), ("local", 1)]
+)
+def test_gossip_steps_multiply_the_payload_where_they_mix(tmp_path, algorithm, times):
+    """A server's one average is exact and local never mixes: for them nothing changes, bit for bit."""
+    once = trained(tmp_path / "once", algorithm=algorithm)
+    twice = trained(tmp_path / "twice", algorithm=algorithm, gossip_steps=2)
+    payloads = [[line["payload_mib"] for line in lines(tmp_path / run)] for run in ("once", "twice")]
+    assert payloads[1] == [times * payload for payload in payloads[0]]
+    if times == 1:
+        tiny.assert_same(tiny.adapters(twice), tiny.adapters(once))
+    else:
+        distances = [lines(tmp_path / run)[0]["consensus_distance"] for run in ("once", "twice")]
+        assert 0 < distances[1] < distances[0]
+
+
+def test_a_resume_takes_the_hops_up_where_they_stopped(tmp_path):
+    changes = {"topology": "random_matching", "gossip_steps": 3, "lr_scheduler_type": "constant"}
+    kept = {"save_strategy": "steps", "save_steps": 2, **changes}
+    whole = trained(tmp_path / "whole", max_steps=8, **changes)
+    trained(tmp_path / "parts", max_steps=4, **kept)
+    resumed = trained(tmp_path / "parts", resume=True, max_steps=8, **kept)
+    tiny.assert_same(tiny.adapters(resumed), tiny.adapters(whole))
+
+
 @pytest.mark.parametrize("algorithm", ["local", "dlora", "decaf", "centralized"])
 def test_the_consensus_is_never_fed_back(tmp_path, algorithm):
     """Evaluating at every round, which writes the consensus adapter, changes no agent."""
