@@ -91,12 +91,14 @@ class _AddUpdates(torch.autograd.Function):
         grad_x, grads_A, grads_B = None, [None] * count, [None] * count
         if needs_B:
             grads_B = torch.bmm(scaled.mT, hidden.to(scaled.dtype)).unbind()
-            grads_B = [own[:, : B.shape[1]] for own, B in zip(grads_B, factors[count:], strict=True)]
+            if not _alike(factors[count:]):
+                grads_B = [own[:, : B.shape[1]] for own, B in zip(grads_B, factors[count:], strict=True)]
         if needs_x or needs_A:
             grad_hidden = _scale(torch.bmm(scaled, _stacked_columns(factors[count:])), ctx.own)
             if needs_A:
                 grads_A = torch.bmm(grad_hidden.mT, x.to(scaled.dtype)).unbind()
-                grads_A = [own[: A.shape[0]] for own, A in zip(grads_A, factors[:count], strict=True)]
+                if not _alike(factors[:count]):
+                    grads_A = [own[: A.shape[0]] for own, A in zip(grads_A, factors[:count], strict=True)]
             if needs_x:
                 grad_x = torch.bmm(grad_hidden, _stacked_rows(factors[:count])).to(x.dtype)
         return grad, grad_x, None, *grads_A, *grads_B
@@ -104,14 +106,18 @@ class _AddUpdates(torch.autograd.Function):
 
 def _stacked_rows(factors: Sequence[Tensor]) -> Tensor:
     """Each agent's `(r, d_in)` as `(n, largest r, d_in)`."""
-    alike = len({A.shape for A in factors}) == 1
-    return torch.stack(factors) if alike else pad_sequence(factors, batch_first=True)
+    return torch.stack(factors) if _alike(factors) else pad_sequence(factors, batch_first=True)
 
 
 def _stacked_columns(factors: Sequence[Tensor]) -> Tensor:
     """Each agent's `(d_out, r)` as `(n, d_out, largest r)`."""
-    alike = len({B.shape for B in factors}) == 1
-    return torch.stack(factors) if alike else pad_sequence([B.mT for B in factors], batch_first=True).mT
+    if _alike(factors):
+        return torch.stack(factors)
+    return pad_sequence([B.mT for B in factors], batch_first=True).mT
+
+
+def _alike(factors: Sequence[Tensor]) -> bool:
+    return all(factor.shape == factors[0].shape for factor in factors)
 
 
 def _scale(rows: Tensor, own: Sequence[float] | None) -> Tensor:
