@@ -290,12 +290,13 @@ def _work(arms: list[_Arm], jobs: int | None, console: Console, *, retry_failed:
         if not clock.known or (jobs is None and pool.jobs > 1):
             _try_out(arms, pool, clock, choose_jobs=jobs is None)
         say(_first_line(missing, pool, clock))
-        made = 0
+        made, resumed = 0, set()
         while True:
             for run in itertools.islice(_due(arms, pool), pool.jobs - len(pool.busy)):
-                resumes = run.prepare()
-                say(f"{run.folder} {'goes on at its last checkpoint ' if resumes else ''}...")
-                pool.start(run, make_run, run.recipe, resumes)
+                if run.prepare():
+                    resumed.add(run)
+                say(f"{run.folder} {'goes on at its last checkpoint ' if run in resumed else ''}...")
+                pool.start(run, make_run, run.recipe, run in resumed)
             if not pool.busy:
                 return
             run, failure, seconds = pool.wait()
@@ -304,7 +305,8 @@ def _work(arms: list[_Arm], jobs: int | None, console: Console, *, retry_failed:
             for arm in arms:
                 arm.choose(retry_failed=retry_failed)
             if failure is None:
-                clock.add(run.algorithm, seconds)
+                if run not in resumed:  # a part tells nothing of the whole
+                    clock.add(run.algorithm, seconds)
                 say(f"{run.folder}: {_score_words(run, arms[0].judge, arms[0].metric)}, {duration(seconds)}")
             else:
                 print(failure.trace, end="", file=sys.stderr, flush=True)
@@ -370,9 +372,13 @@ class _Clock:
         """Seconds until all runs are made, arms without a run of their own counted as the others' mean."""
         known = self.measured or self.guessed
         mean = statistics.fmean(itertools.chain.from_iterable(known.values()))
-        usual = {arm: statistics.fmean(known.get(arm.algorithm, [mean])) for arm in self.arms}
-        total = sum(arm.to_do() * usual[arm] for arm in self.arms)
-        return total / pool.jobs
+        usual = {arm.algorithm: statistics.fmean(known.get(arm.algorithm, [mean])) for arm in self.arms}
+        elapsed = pool.elapsed()
+        rest = [max(0.0, usual[run.algorithm] - seconds) for run, seconds in elapsed.items()]
+        for arm in self.arms:
+            waiting = arm.to_do() - sum(run.algorithm == arm.algorithm for run in elapsed)
+            rest += [usual[arm.algorithm]] * waiting
+        return max(sum(rest) / pool.jobs, max(rest))
 
     def left(self, pool: Pool) -> str:
         """`, about 1 h 20 min left`, or nothing where nothing is known or left."""

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -429,6 +430,22 @@ def test_one_arm_that_is_refused_leaves_the_others_their_trial(recipe, runs, mon
     monkeypatch.setattr(decaf_hf.run, "trial", refuse)
     compared(recipe, tmp_path / "out")
     assert "about 80 s, by a short trial of decaf" in capsys.readouterr().out
+
+
+def test_time_left_counts_what_is_done_of_the_runs_being_made():
+    made = [decaf_hf.compare._Run(name, [], 0, None) for name in ("dlora", "decaf")]
+    arms = [SimpleNamespace(algorithm=name, tuning=[], chosen=[], to_do=lambda: 3) for name in ("dlora", "decaf")]
+    clock = decaf_hf.compare._Clock(arms)
+    clock.guess("dlora", 50.0)
+    idle = SimpleNamespace(jobs=2, elapsed=dict)
+    assert clock.seconds(idle) == 6 * 50 / 2
+    clock.add("dlora", 8.0)
+    clock.add("dlora", 12.0)
+    assert clock.seconds(idle) == 6 * 10 / 2  # what was measured beats the guess, also for the other arm
+    clock.add("decaf", 20.0)
+    busy = SimpleNamespace(jobs=2, elapsed=lambda: {made[0]: 4.0, made[1]: 30.0})
+    assert clock.seconds(busy) == (3 * 10 - 4 + 2 * 20) / 2
+    assert clock.seconds(SimpleNamespace(jobs=100, elapsed=dict)) == 20  # no sooner than the longest
 
 
 @pytest.mark.parametrize(
