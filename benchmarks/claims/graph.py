@@ -138,7 +138,7 @@ def picture(rows: list[dict]) -> Figure:
     by_gossip.set(title="mixings per round", xlabel="gossip steps")
     by_gap.set(title="spectral gap, all numbers of agents", xlabel="spectral gap of a round")
     low = min(min(row["agents_mean"]) for row in rows) - 0.03
-    high = max(max(row["agents_mean"]) for row in rows) + 0.03
+    high = max(max(row["agents_mean"]) for row in rows) + 0.06  # room for the legends
     for panel in (by_agents, by_gossip, by_gap):
         panel.set_ylim(low, high)
         panel.legend(fontsize=7)
