@@ -31,13 +31,17 @@ def path_of(name: str) -> Path:
     return report.RESULTS / "claims" / f"{name}.json"
 
 
+def read(name: str) -> list[Row]:
+    """What has been measured so far."""
+    path = path_of(name)
+    return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
+
+
 def kept(name: str, configs: Sequence[Row], work: Callable[[Row], Row]) -> list[Row]:
     """A row per configuration, in their order: from the results file where it holds that very configuration, else
     computed by `work`; the file is written after every new one, so a run goes on where it stopped."""
-    path = path_of(name)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    known = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
-    rows = {json.dumps(row["config"], sort_keys=True): row for row in known}
+    path_of(name).parent.mkdir(parents=True, exist_ok=True)
+    rows = {json.dumps(row["config"], sort_keys=True): row for row in read(name)}
     keys = [json.dumps(config, sort_keys=True) for config in configs]
     assert len(set(keys)) == len(keys), "a configuration is listed twice"
     for number, (key, config) in enumerate(zip(keys, configs, strict=True), start=1):
@@ -59,11 +63,12 @@ def main(
     """Measure what is missing, draw, and print the table and the sentence."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--again", action="store_true", help="measure everything anew")
+    parser.add_argument("--draw", action="store_true", help="measure nothing: draw and print what the file holds")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.again:
         path_of(name).unlink(missing_ok=True)
-    rows = kept(name, configs, work)
+    rows = kept(name, [row["config"] for row in read(name)] if options.draw else configs, work)
     picture(rows).savefig(path_of(name).with_suffix(".png"), dpi=110)
     print(page(rows))
 
