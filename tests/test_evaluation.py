@@ -74,7 +74,7 @@ def assert_scores_of_the_run(result: dict, run: Path) -> None:
         "consensus": {metric: score["value"] for metric, score in result["consensus"].items()},
         "agents": [{metric: score["value"] for metric, score in scores.items()} for scores in result["agents"]],
     }
-    for scores in (expected["consensus"], expected["agents_mean"], *expected["agents"]):
+    for scores in (expected["consensus"], expected["agents_mean"], expected["agents_max"], *expected["agents"]):
         del scores["loss"]
     assert values == expected
     for scores in (result["consensus"], *result["agents"]):
@@ -331,7 +331,7 @@ def test_table_and_file_hold_the_scores(run, tmp_path):
     score = result["agents"][2]["f1"]
     assert re.search(rf"agent 2 .*{score['value']:.3f} \({score['low']:.3f} to {score['high']:.3f}\)", out.getvalue())
     assert f"{result['agents_min']['accuracy']:.3f}" in out.getvalue()
-    assert "test split: 31 texts" in out.getvalue()
+    assert "test split: 31 samples" in out.getvalue()
     write_evaluation(tmp_path / "new", result)
     assert json.loads((tmp_path / "new" / "evaluation.json").read_text(encoding="utf-8")) == result
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["evaluation.json"]

@@ -187,10 +187,13 @@ def test_override_of_a_section_keeps_the_rest_of_it(write):
         ("data.test_size=true", "data.test_size: true is not a number"),
         ("data.validation_size=-1", f"data.validation_size: -1 {NO_SIZE}"),
         ("evaluation.metrics=[]", "evaluation.metrics: empty"),
-        ("evaluation.metrics=f1", "evaluation.metrics: 'f1' is not a list (each item one of accuracy, f1)"),
+        (
+            "evaluation.metrics=f1",
+            "evaluation.metrics: 'f1' is not a list (each item one of accuracy, f1, perplexity)",
+        ),
         (
             "evaluation.metrics=[f1,acuracy]",
-            "evaluation.metrics: 'acuracy' is not one of accuracy, f1; did you mean 'accuracy'?",
+            "evaluation.metrics: 'acuracy' is not one of accuracy, f1, perplexity; did you mean 'accuracy'?",
         ),
         (
             "algorithm.name=decav",

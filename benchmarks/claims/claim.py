@@ -3,7 +3,6 @@
 import argparse
 import itertools
 import json
-import math
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -109,16 +108,6 @@ def verdict(parts: dict[str, bool]) -> str:
 def slope(x: Sequence[float], y: Sequence[float]) -> float:
     """Slope of a straight line through the logarithms."""
     return float(np.polyfit(np.log(x), np.log(y), 1)[0])
-
-
-# Two-sided 95% quantiles of Student's t by degrees of freedom.
-_T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
-
-
-def interval(numbers: Sequence[float]) -> tuple[float, float]:
-    """95% interval of the mean of independent seeds, by Student's t."""
-    half = _T95[len(numbers) - 1] * statistics.stdev(numbers) / math.sqrt(len(numbers))
-    return statistics.fmean(numbers) - half, statistics.fmean(numbers) + half
 
 
 def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:

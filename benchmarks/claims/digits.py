@@ -134,7 +134,7 @@ def adapters(trainer: DecentralizedTrainer) -> dict[int, Adapter]:
     """Copies of all agents' adapters as they are now."""
     network = trainer.network
     return {
-        agent: as_adapter({name: p.detach().clone() for name, p in own.items()}, network.scaling)
+        agent: as_adapter({name: p.detach().clone() for name, p in own.items()}, network.layouts[agent].scaling)
         for agent, own in network.parameters.items()
     }
 

@@ -21,9 +21,10 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from claims.claim import chosen, interval, line, main, panels, slope, table, verdict
+from claims.claim import chosen, line, main, panels, slope, table, verdict
 
 from decaf_hf.algorithms import ALGORITHMS, Adapter, consensus
+from decaf_hf.comparison import interval
 from decaf_hf.lowrank import LoraFactors
 from decaf_hf.mixing import mixing_schedule
 
