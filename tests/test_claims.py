@@ -15,7 +15,7 @@ from . import tiny
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 NAMES = ("truncation", "rank", "rate", "interference", "graph")
-claim, digits = (importlib.import_module(f"claims.{name}") for name in ("claim", "digits"))
+claim, digits, readme_tables = map(importlib.import_module, ("claims.claim", "claims.digits", "readme_tables"))
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +43,6 @@ def test_a_claim_is_measured_drawn_and_judged(name, tmp_path):
 
 
 def test_the_page_shows_the_committed_results(monkeypatch):
-    readme_tables = importlib.import_module("readme_tables")
     monkeypatch.setattr(claim.report, "RESULTS", readme_tables.RESULTS)
     page = ROOT / "docs" / "claims.md"
     assert readme_tables.filled(page, readme_tables.claims()) == page.read_text(encoding="utf-8")
