@@ -344,6 +344,8 @@ class DecentralizedMixin:
         if inputs is None:
             inputs = self._prepare_inputs(next(iter(self.get_train_dataloader())))
         side = getattr(self.processing_class, "padding_side", "right")
+        if "logits_to_keep" in inputs:  # they are those of the last columns, so these are no padding
+            side = "left"
         self.hosting.decide(self.model, inputs, self._loss_obstacle(), side)
         if len(self.agents) > 1 and self.processes.is_main:
             way = "share each batch" if self.hosting.batched else "take turns"
