@@ -125,13 +125,16 @@ def page(task: str, rows: list[dict]) -> str:
     return table([*head, "agents' mean over plain", "consensus over plain"], lines) + "\n"
 
 
+FIRST_DEFAULT = ("row_norms", True, "kept")  # chosen on the trial of three seeds that came before this ablation
+
+
 def finalists(rows: list[dict], count: int = 3) -> list[tuple[str, bool, str]]:
-    """The best variants of the wide stage by the agents' mean over its seeds, and the plain form."""
+    """The best variants of the wide stage by the agents' mean over its seeds, the first default and the plain form."""
 
     def score(variant):
         return statistics.fmean(row["agents_mean"] for row in rows_of(rows, "digits", variant))
 
-    return list(dict.fromkeys([*sorted(VARIANTS, key=score, reverse=True)[:count], PLAIN]))
+    return list(dict.fromkeys([*sorted(VARIANTS, key=score, reverse=True)[:count], FIRST_DEFAULT, PLAIN]))
 
 
 def main() -> None:

@@ -222,10 +222,15 @@ def _load_model(recipe: Recipe, head: dict[str, Any]) -> PreTrainedModel:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computes
         )
+    elif section.gguf_file is not None and hasattr(transformers, "GgufConfig"):  # since transformers 5.23
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(stream_seed(recipe.seed, "head"))
-            return _load_part(getattr(transformers, KINDS[section.task].auto_class), recipe, **options)
+            model = _load_part(getattr(transformers, KINDS[section.task].auto_class), recipe, **options)
+        if section.gguf_file is not None and getattr(model, "hf_quantizer", None) is not None:
+            model.hf_quantizer.remove_quantization_config(model)  # expanded, it is a model like any other
+        return model
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
