@@ -72,6 +72,8 @@ def add_agents(
                 "pass the base model and peft_config instead"
             )
         start, config, model = _unload(model, config)
+    elif config is None:
+        raise DecafError("peft_config is missing; pass the LoraConfig that every agent trains")
     check_lora_config(config)
     if ranks is not None:
         if len(set(ranks)) > 1 and config.init_lora_weights not in (True, "gaussian"):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from decaf_hf import checkpoint, exchange
+from decaf_hf import DecentralizedConfig, DecentralizedTrainer, checkpoint, exchange
 from decaf_hf.errors import DecafError
 from decaf_hf.rounds import Network
 from decaf_hf.run import held_alone
@@ -408,3 +408,10 @@ def test_two_runs_do_not_write_into_one_folder(folder):
             refused(folder, flag, *quick, named=("another run is writing", str(folder / "run")))
     assert command("train", "recipe.yaml", "--overwrite", *quick)[0] == 0
     assert not list(folder.glob(".*.lock"))
+
+
+def test_a_trainer_without_an_adapter(tmp_path):
+    args = DecentralizedConfig(output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none")
+    with pytest.raises(DecafError, match="peft_config is missing"):
+        DecentralizedTrainer(model=tiny.bert(), args=args, train_dataset=tiny.texts(9, seed=0))
+    assert not (tmp_path / "run").exists()
