@@ -1,4 +1,4 @@
-"""Put the tables of the committed results into README.md and docs/claims.md, between their markers.
+"""Put the tables of the committed results into README.md, docs/claims.md and docs/gauge.md, between their markers.
 
 python benchmarks/readme_tables.py
 """
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
+import gauge
 from claims import graph, interference, rank, rate, truncation
 from hosting import MEMORY_COLUMNS, TIME_COLUMNS
 from lowrank import COLUMNS
@@ -54,6 +55,16 @@ def claims() -> dict[str, str]:
     return texts
 
 
+def gauges() -> dict[str, str]:
+    """Marker -> table and machine of a task of the gauge's ablation."""
+    texts = {}
+    for task in gauge.GRIDS:
+        name = f"gauge-{task.replace('/', '-')}"
+        measured = json.loads((RESULTS / "claims" / f"{name}.json").read_text(encoding="utf-8"))
+        texts[name] = f"{gauge.page(task, measured['rows'])}\n{where(measured)}\n"
+    return texts
+
+
 def filled(page: Path, texts: dict[str, str]) -> str:
     """The page with each text between its markers."""
     text = page.read_text(encoding="utf-8")
@@ -65,7 +76,12 @@ def filled(page: Path, texts: dict[str, str]) -> str:
 
 
 def main() -> None:
-    for page, texts in ((ROOT / "README.md", tables()), (ROOT / "docs" / "claims.md", claims())):
+    docs = ROOT / "docs"
+    for page, texts in (
+        (ROOT / "README.md", tables()),
+        (docs / "claims.md", claims()),
+        (docs / "gauge.md", gauges()),
+    ):
         page.write_text(filled(page, texts), encoding="utf-8")
 
 
