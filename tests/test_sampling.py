@@ -60,3 +60,15 @@ def test_an_agents_order_is_the_same_on_any_process():
 def test_resuming_continues_the_stream(first):
     whole = list(sampler([5, 3], [0, 1], batches=first + 3))
     assert list(sampler([5, 3], [0, 1], batches=3, first=first)) == whole[first * 4 :]
+
+
+def test_every_look_at_a_sample_has_a_seed_of_its_own():
+    sampler = AgentMajorSampler([3, 4], [5, 6], batch_size=2, batches=6, seed=0, first_batch=lambda: 0)
+    plain = list(sampler)
+    sampler.draws = True
+    draws = list(sampler)
+    assert [draw.index for draw in draws] == plain
+    assert len({draw.seed for draw in draws}) == len(draws)  # also where a sample comes again in a later epoch
+    alone = AgentMajorSampler([4], [6], batch_size=2, batches=6, seed=0, first_batch=lambda: 0)
+    alone.draws = True
+    assert [draw.seed for draw in alone] == [draw.seed for draw in draws if draw.index >= 3]  # whoever shares the batch
