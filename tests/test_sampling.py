@@ -71,4 +71,5 @@ def test_every_look_at_a_sample_has_a_seed_of_its_own():
     assert len({draw.seed for draw in draws}) == len(draws)  # also where a sample comes again in a later epoch
     alone = AgentMajorSampler([4], [6], batch_size=2, batches=6, seed=0, first_batch=lambda: 0)
     alone.draws = True
-    assert [draw.seed for draw in alone] == [draw.seed for draw in draws if draw.index >= 3]  # whoever shares the batch
+    # whoever shares the batch
+    assert [draw.seed for draw in alone] == [draw.seed for draw in draws if draw.index >= 3]
