@@ -26,7 +26,9 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr(claim.report, "RESULTS", tmp_path)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("truncation", "rate") else pytest.mark.slow) for name in NAMES]
+)
 def test_a_claim_is_measured_drawn_and_judged(name, tmp_path):
     module = importlib.import_module(f"claims.{name}")
     rows = claim.kept(name, module.SMALLEST, module.work)

@@ -153,7 +153,7 @@ def in_process(processes, folder, changes):
 
 
 @pytest.mark.agents
-@pytest.mark.parametrize(("algorithm", "count"), [("decaf", 2), ("decaf", 3), ("flexlora", 3), ("local", 2)])
+@pytest.mark.parametrize(("algorithm", "count"), [("decaf", 3), ("flexlora", 2), ("local", 2)])
 def test_processes_equal_one(tmp_path, algorithm, count):
     """Uneven degrees, and buffers of other lengths than the receiver's own."""
     changes = {"algorithm": algorithm, "topology": "star", "lora_config": tiny.lora(rank_pattern={"query": 3})}
@@ -242,8 +242,16 @@ def test_other_ranks_cannot_resume(tmp_path):
         trained(tmp_path, resume=True, max_steps=4, lora_ranks=[2, 2, 3, 4], **kept)
 
 
-@pytest.mark.parametrize("case", ["query-value", "embedding", "rslora", "patterns", "dora"])
-@pytest.mark.parametrize("algorithm", ["decaf", "local"])
+@pytest.mark.parametrize(
+    ("algorithm", "case"),
+    [
+        ("decaf", "embedding"),
+        ("decaf", "patterns"),
+        ("local", "rslora"),
+        *[pytest.param("decaf", case, marks=pytest.mark.slow) for case in ("query-value", "rslora", "dora")],
+        *[pytest.param("local", case, marks=pytest.mark.slow) for case in ("query-value", "embedding", "patterns")],
+    ],
+)
 def test_saved_adapters_give_the_logits_that_were_judged(tmp_path, algorithm, case):
     make, changes = CASES[case]
     held_out = tiny.texts(8, seed=77)

@@ -173,7 +173,12 @@ def test_a_language_models_step_counts_tokens_over_its_micro_batches(tmp_path):
         tiny.assert_same(trained(path, max_steps=1, local_steps=1, hosting=hosting), whole, atol=1e-9)
 
 
-@pytest.mark.parametrize("case", CASES)
+def quick(cases, few):
+    """The cases, all but a few of them slow."""
+    return [pytest.param(case, marks=[] if case in few else pytest.mark.slow) for case in cases]
+
+
+@pytest.mark.parametrize("case", quick(CASES, ("label words", "several micro-batches", "augmented", "image-text")))
 def test_a_run_is_judged_the_same_again(tmp_path, case):
     path = recipe_of(tmp_path, case)
     code, _, err = command("train", path)
@@ -190,7 +195,7 @@ def test_a_run_is_judged_the_same_again(tmp_path, case):
     assert "loss" in judged["agents_max"]
 
 
-@pytest.mark.parametrize("case", ["label words", "augmented", "image-text with dropout"])
+@pytest.mark.parametrize("case", quick(["label words", "augmented", "image-text with dropout"], ("augmented",)))
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path, case):
     path = recipe_of(tmp_path, case)
     assert command("train", path)[0] == 0
@@ -471,7 +476,7 @@ def test_texts_without_classes_need_no_labels(tmp_path):
     [
         {"bf16": True},
         {"gradient_checkpointing": True},
-        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        pytest.param({"torch_compile": True, "torch_compile_backend": "aot_eager"}, marks=pytest.mark.slow),
     ],
     ids=lambda training: next(iter(training)),
 )
