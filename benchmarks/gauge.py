@@ -33,6 +33,7 @@ TUNING_SEED = 1000
 GRIDS = {"digits": (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2), "quickstart": (1e-3, 2e-3, 4e-3, 8e-3)}
 GRIDS["offline/digits"] = (1e-3, 2e-3, 4e-3, 8e-3)
 SEEDS = {"digits": (0, 1, 2, 3, 4), "quickstart": (0, 1, 2, 3, 4), "offline/digits": (0, 1, 2, 3, 4)}
+RECIPES = ("quickstart", "offline/digits")  # of the second stage
 ROOT = Path(__file__).parent.parent
 
 
@@ -140,6 +141,7 @@ def finalists(rows: list[dict], count: int = 3) -> list[tuple[str, bool, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("wide", "finalists"))
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES, help="of the second stage")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -147,7 +149,7 @@ def main() -> None:
     if options.stage == "wide":
         print(page("digits", wide))
         return
-    for task in ("quickstart", "offline/digits"):
+    for task in options.recipes:
         print(page(task, measured(task, finalists(wide), on_recipe)))
 
 
