@@ -59,7 +59,7 @@ class _Run:
             self.summary = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
         elif failure.exists() and not retry_failed:
             before = json.loads(failure.read_text(encoding="utf-8"))
-            if before["recipe"] == resolved_yaml(self.recipe):
+            if before["recipe"] == _elsewhere(self.recipe):
                 self.failed = before["reason"]
 
     def prepare(self) -> bool:
@@ -77,12 +77,23 @@ class _Run:
             return
         self.failed = failure.reason
         if failure.lasting:
-            record = {"recipe": resolved_yaml(self.recipe), "reason": failure.reason}
+            record = {"recipe": _elsewhere(self.recipe), "reason": failure.reason}
             write_text(self.folder / FAILURE, json.dumps(record, indent=2) + "\n")
 
+    def replaces(self) -> bool:
+        """Whether a finished run of another recipe is in the way."""
+        return (self.folder / "summary.json").exists() and not self._is_here()
+
     def _is_here(self) -> bool:
-        recipe = self.folder / "recipe.yaml"
-        return recipe.exists() and recipe.read_text(encoding="utf-8") == resolved_yaml(self.recipe)
+        try:
+            return _elsewhere(read_recipe(self.folder / "recipe.yaml")) == _elsewhere(self.recipe)
+        except DecafError:  # not there, or not a recipe of today
+            return False
+
+
+def _elsewhere(recipe: Recipe) -> str:
+    """A recipe whatever its folder is called: a comparison may be moved, or named in another way."""
+    return resolved_yaml(recipe.model_copy(update={"output_dir": None}))
 
 
 @dataclass(eq=False)
@@ -265,7 +276,10 @@ def _settings(grid: Sequence[str]) -> list[list[str]]:
             raise DecafError(f"--grid {axis!r}: write section.key=value,value")
         if key in ("seed", "output_dir", "algorithm.name", "evaluation.split"):
             raise DecafError(f"--grid {axis!r}: decaf compare sets {key} itself")
-        axes.append([f"{key}={value}" for value in values.split(",")])
+        axis_values = values.split(",")
+        if len(set(axis_values)) != len(axis_values) or any(key == other[0].partition("=")[0] for other in axes):
+            raise DecafError(f"--grid {axis!r}: name each key and each of its values once")
+        axes.append([f"{key}={value}" for value in axis_values])
     return [list(setting) for setting in itertools.product(*axes)]
 
 
@@ -293,6 +307,8 @@ def _work(arms: list[_Arm], jobs: int | None, console: Console, *, retry_failed:
         made, resumed = 0, set()
         while True:
             for run in itertools.islice(_due(arms, pool), pool.jobs - len(pool.busy)):
+                if run.replaces():
+                    say(f"{run.folder} holds a run of another recipe, which is replaced")
                 if run.prepare():
                     resumed.add(run)
                 say(f"{run.folder} {'goes on at its last checkpoint ' if run in resumed else ''}...")

@@ -41,18 +41,24 @@ def arm_scores(results: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
             values = [summary["eval"][who][metric] for summary in summaries]
             scores[who][metric] = {
                 "mean": statistics.fmean(values),
-                "sd": statistics.stdev(values) if len(values) > 1 else 0.0,
+                "sd": deviation(values) if len(values) > 1 else 0.0,
                 "by_seed": dict(zip(map(str, results), values, strict=True)),
             }
     scores["payload_mib"] = statistics.fmean(summary["payload_mib"] for summary in summaries)
     return scores
 
 
+def deviation(values: Sequence[float]) -> float:
+    """Standard deviation of a sample; nan where a value is not finite, of which `statistics` makes an error."""
+    return statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+
+
 def interval(values: Sequence[float]) -> list[float] | None:
-    """Low and high end of the 95% interval of the mean of a sample by Student's t, two-sided; None for one value."""
-    if len(values) < 2:
+    """Low and high end of the 95% interval of the mean of a sample by Student's t, two-sided; None for one value, and
+    where a value is not finite."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
         return None
-    reach = student.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+    reach = student.ppf((1 + CONFIDENCE) / 2, len(values) - 1) * deviation(values) / math.sqrt(len(values))
     mean = statistics.fmean(values)
     return [mean - reach, mean + reach]
 
@@ -75,7 +81,7 @@ def paired_differences(arms: Sequence[dict[str, Any]], metric: str, reference: s
             values = list(by_seed.values())
             entry[who] = {
                 "mean": statistics.fmean(values),
-                "sd": statistics.stdev(values) if len(values) > 1 else None,
+                "sd": deviation(values) if len(values) > 1 else None,
                 "interval": interval(values),
                 "by_seed": by_seed,
             }
@@ -237,7 +243,7 @@ def _paired_rows(
             one = entry[who]
             cells = [_signed(one["by_seed"].get(str(seed))) for seed in seeds] if by_seed else []
             if several and one["interval"] is None:
-                cells += [_signed(one["mean"]), "one seed: none"]
+                cells += [_signed(one["mean"]), "one seed: none" if len(one["by_seed"]) == 1 else "not finite: none"]
             elif several:
                 low, high = one["interval"]
                 cells += [f"{one['mean']:+.3f} ± {one['sd']:.3f}", f"{low:+.3f} to {high:+.3f}"]

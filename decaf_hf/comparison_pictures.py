@@ -100,8 +100,8 @@ def _draw_row(axes: Axes, row: int, score: dict[str, Any], seeds: Sequence[int])
             shift = 2 * SPREAD * (index / (len(seeds) - 1) - 0.5) if len(seeds) > 1 else 0.0
             color = _seed_color(index, seeds)
             axes.plot(values[str(seed)], row + shift, color=color, marker="o", markersize=5, zorder=2)
-    if len(values) > 1:
-        ends = interval(list(values.values()))
+    ends = interval(list(values.values()))
+    if ends is not None:
         axes.plot(ends, (row, row), color=BLACK, linewidth=1.6, zorder=3)
         axes.plot(score["mean"], row, color=BLACK, marker="|", markersize=13, markeredgewidth=2.4, zorder=3)
 

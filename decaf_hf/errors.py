@@ -7,6 +7,11 @@ from difflib import get_close_matches
 class DecafError(ValueError):
     """A refused input. The commands print its one line and leave with exit code 2."""
 
+    def __init__(self, message: str = ""):
+        if message.startswith("Caught DecafError in DataLoader worker"):  # the worker's whole traceback
+            message = message.rstrip().rpartition("DecafError: ")[2]
+        super().__init__(message)
+
 
 def did_you_mean(name: object, valid: Iterable[str]) -> str:
     """`; did you mean 'ring'?` for the valid name nearest to `name`, or nothing when none is near."""

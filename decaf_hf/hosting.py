@@ -222,12 +222,19 @@ class Hosting:
         share = total // len(self.agents)
         columns = self._columns(inputs, index)
         own = {}
+        kept = inputs.get("logits_to_keep")  # of the last columns; an agent's own rows may have fewer
+        if kept is not None and columns is not None:
+            kept = min(kept, int(columns.sum()))
         for name, value in inputs.items():
             if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == total:
                 trims = columns is not None and value.dim() == 2 and value.shape[1] == columns.numel()
                 value = value[index * share : (index + 1) * share]
                 value = value[:, columns] if trims else value
             own[name] = value
+        if kept is not None:
+            own["logits_to_keep"] = kept
+            if "labels" in own:
+                own["labels"] = own["labels"][:, -kept:]
         return own
 
     def _columns(self, inputs: Mapping[str, Any], index: int) -> Tensor | None:

@@ -19,6 +19,8 @@ from transformers.modeling_outputs import ImageClassifierOutput
 from .errors import DecafError
 from .recipe import AugmentSection, DataSection
 
+# what Pillow raises for damaged files, and what comes of a row without one
+DAMAGES = (OSError, SyntaxError, ValueError, AttributeError, PIL.Image.DecompressionBombError, struct.error)
 ASPECTS = (3 / 4, 4 / 3)  # of a random crop, as torchvision's RandomResizedCrop
 
 
@@ -118,8 +120,17 @@ def _opened(image: PIL.Image.Image | Mapping[str, Any]) -> PIL.Image.Image:
         return image.convert("RGB")
     try:
         opened = PIL.Image.open(image["path"] if image["bytes"] is None else BytesIO(image["bytes"]))
+        if opened.mode.startswith(("I", "F")):  # RGB would cut their values off at 255
+            raise ValueError(f"its format {opened.mode} has more than 8 bits")
         return PIL.ImageOps.exif_transpose(opened).convert("RGB")
-    except (OSError, SyntaxError, ValueError, struct.error) as error:  # what Pillow raises for damaged files
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        AttributeError,
+        PIL.Image.DecompressionBombError,
+        struct.error,
+    ) as error:  # what Pillow raises for damaged files
         name = image["path"] or "an image without a name"
         raise DecafError(f"an image of the data cannot be read ({name}): {error}; mend or remove it") from error
 

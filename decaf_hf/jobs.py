@@ -109,6 +109,7 @@ class Pool:
         if self.here:
             self.busy[name] = None
             self._answers[name] = _attempt(work, arguments)
+            _forget()
             return
         worker = self._idle.pop() if self._idle else _Worker()
         self.busy[name] = worker
@@ -209,7 +210,14 @@ def _serve(orders: Connection, log: str) -> None:
             return
         torch.set_num_threads(threads)
         orders.send(_attempt(work, arguments))
-        gc.collect()  # a trainer and its callbacks hold one another, and its memory with them
+        _forget()
+
+
+def _forget() -> None:
+    """Give back the memory of a run: a trainer and its callbacks hold one another, and the base model with them."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _end_with_parent() -> None:

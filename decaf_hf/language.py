@@ -65,7 +65,7 @@ def encode(
     for row in rows:
         if data.prompt is None:
             # Nothing stands before the first token, so it is given and not asked for.
-            (first, *rest) = [*tokenizer(row[data.text])["input_ids"], *end]
+            (first, *rest) = [*_tokens(tokenizer, row[data.text]), *end]
             prompt, answer = [first], rest if data.packing else rest[: data.max_length - 1]
         elif words is not None:
             answer = list(words[row["labels"]])
@@ -78,7 +78,13 @@ def encode(
         encoded["input_ids"].append([*prompt, *answer])
         encoded["labels"].append([IGNORED] * len(prompt) + answer)
     if data.packing:
-        encoded = {name: _blocks(values, data.max_length) for name, values in encoded.items()}
+        blocks = {name: _blocks(values, data.max_length) for name, values in encoded.items()}
+        # What stands before a block's first token is not in the block, so it is not asked for.
+        blocks["labels"] = [[IGNORED, *block[1:]] for block in blocks["labels"]]
+        encoded = {name: [block for block in values if len(block) > 1] for name, values in blocks.items()}
+    for number, labels in enumerate(encoded["labels"]):
+        if all(label == IGNORED for label in labels[1:]):
+            raise DecafError(f"text {number} has no token to learn within data.max_length={data.max_length}; raise it")
     return Dataset.from_dict(encoded)
 
 
@@ -93,7 +99,7 @@ def collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, whol
     def collate(rows: list[Mapping[str, list[int]]]) -> dict[str, Any]:
         longest = max(len(row["input_ids"]) for row in rows)
         batch = {
-            "input_ids": torch.full((len(rows), longest), tokenizer.pad_token_id),
+            "input_ids": torch.full((len(rows), longest), tokenizer.pad_token_id or 0),  # masked, whatever it is
             "attention_mask": torch.zeros(len(rows), longest, dtype=torch.long),
             "labels": torch.full((len(rows), longest), IGNORED),
         }
@@ -157,17 +163,24 @@ def outcomes(words: Sequence[Sequence[int]] | None) -> Callable[[EvalPrediction]
     return read
 
 
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens of a text that goes on: what a tokenizer puts at the end of a whole text is left out."""
+    ids = tokenizer(text)["input_ids"]
+    while ids and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        ids = ids[:-1]
+    return ids
+
+
 def _answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> list[int]:
     """The tokens that `answer` adds to `prompt`; its own tokens where the two run together."""
-    before = tokenizer(prompt)["input_ids"]
-    both = tokenizer(prompt + answer)["input_ids"]
+    before, both = _tokens(tokenizer, prompt), _tokens(tokenizer, prompt + answer)
     if both[: len(before)] == before:
         return both[len(before) :]
     return tokenizer(answer, add_special_tokens=False)["input_ids"]
 
 
 def _prompt(row: Mapping[str, Any], data: DataSection, tokenizer: PreTrainedTokenizerBase, room: int) -> list[int]:
-    return tokenizer(_rendered(row, data, tokenizer, room))["input_ids"]
+    return _tokens(tokenizer, _rendered(row, data, tokenizer, room))
 
 
 def _rendered(row: Mapping[str, Any], data: DataSection, tokenizer: PreTrainedTokenizerBase, room: int) -> str:
@@ -178,7 +191,7 @@ def _rendered(row: Mapping[str, Any], data: DataSection, tokenizer: PreTrainedTo
     values = {name: row[name] for name in template_fields(data.prompt)}
     while True:
         text = data.prompt.format_map(values)
-        excess = len(tokenizer(text)["input_ids"]) - room
+        excess = len(_tokens(tokenizer, text)) - room
         if excess <= 0:
             return text
         tokens = {
@@ -191,7 +204,8 @@ def _rendered(row: Mapping[str, Any], data: DataSection, tokenizer: PreTrainedTo
                 f"data.max_length={data.max_length} leaves no room for {longest or 'the columns'} beside the rest of "
                 "data.prompt and the answer; raise it"
             )
-        values[longest] = values[longest][: tokens[longest][-excess - 1][1]]
+        # Where the first dropped token begins: those of one character share their place, so this always shortens.
+        values[longest] = values[longest][: tokens[longest][-excess][0]]
 
 
 def _blocks(rows: list[list[int]], length: int) -> list[list[int]]:

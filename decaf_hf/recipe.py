@@ -630,8 +630,12 @@ class Recipe(_Section):
                 refuse("data.prompt", "ends in white space, which belongs to the answer; move it there")
             if data.packing and data.label_words is not None:
                 refuse("data.packing", "label words are scored text by text; set it to false")
-        if self.samples == "images" and data.image == data.label:
-            refuse("data.image", f"{data.image!r} is the label column too; name another", "data.label")
+        if self.samples == "images" and data.image in (data.label, "labels"):
+            refuse("data.image", f"{data.image!r} is taken for the classes; name another", "data.label")
+        if task == "causal-lm" and self.labeled:
+            told = [name for name in template_fields(data.prompt) if name in (data.label, "labels")]
+            if told:
+                refuse("data.prompt", f"{{{told[0]}}} would tell the answer; leave it out", "data.label")
         if not self.labeled:
             if "metrics" not in self.evaluation.model_fields_set:
                 self.evaluation.metrics = ["perplexity"]
@@ -641,6 +645,13 @@ class Recipe(_Section):
                 refuse("data.shots", "it counts samples per label, and there are no labels; leave it out")
         elif "perplexity" in metrics and task != "causal-lm":
             refuse("evaluation.metrics", f"perplexity is for task causal-lm, not {task}")
+        if data.shots is not None and self.evaluation.on == "own":
+            raise _ConflictError(
+                "evaluation.on is own, which would take the held-out share from the few shots; leave it out, or set "
+                "evaluation.on to global",
+                "data.shots",
+                "evaluation.on",
+            )
         if data.shots is not None and data.partition.kind == "files":
             raise _ConflictError(
                 "it is taken before samples are spread, but each agent has its own file; leave it out",

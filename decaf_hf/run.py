@@ -260,7 +260,8 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -
         if checkpoint.last_checkpoint(folder) is None:
             raise DecafError(f"no checkpoint to resume from in {folder}/checkpoints; start without --resume")
         before = read_recipe(folder / "recipe.yaml")
-        changed = _first_difference(before.model_dump(exclude={"hub"}), recipe.model_dump(exclude={"hub"}))
+        may_differ = {"hub", "output_dir"}
+        changed = _first_difference(before.model_dump(exclude=may_differ), recipe.model_dump(exclude=may_differ))
         if changed:
             raise DecafError(f"{folder} was started with another {changed}; resume with the recipe in that folder")
     elif overwrite and folder.exists():

@@ -140,7 +140,11 @@ def _read_and_divide(recipe: Recipe, hosted: range) -> tuple[list[Dataset | None
 
 
 def _encoded(recipe: Recipe, rows: Dataset | None, labels: list[str]) -> Dataset | None:
-    return rows if rows is None or not recipe.labeled else encode_labels(rows, recipe.data.label, labels)
+    if rows is None:
+        return None
+    if recipe.labeled:
+        return encode_labels(rows, recipe.data.label, labels)
+    return rows.remove_columns([name for name in rows.column_names if name == "labels"])  # no classes of ours
 
 
 def _few_shot(recipe: Recipe, whole: Dataset, labels: list[str]) -> Dataset:

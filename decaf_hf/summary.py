@@ -61,7 +61,8 @@ def summarize(trainer: "DecentralizedMixin") -> dict[str, Any]:
         "rounds": trainer.state.global_step // args.local_steps,
         "local_steps": args.local_steps,
         "lora_ranks": args.lora_ranks,  # None: all have the rank of their adapter_config.json
-        "gossip_steps": args.gossip_steps,
+        "gossip_steps": trainer.network.gossip_steps,
+        "optimizer_state": trainer.network.optimizer_state,
         "seed": args.seed,
         "training": {name: _plain(getattr(args, name)) for name in TRAINING},
         "base_model_is_local": Path(trainer.model.get_base_model().name_or_path).is_dir(),

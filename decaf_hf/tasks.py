@@ -92,8 +92,16 @@ def lora_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
     peft_type = KINDS[recipe.model.task].peft
     if recipe.model.task == "image-classification" and "modules_to_save" not in given:
         base = getattr(model, model.base_model_prefix, None)
-        heads = ((name, module) for name, module in model.named_children() if module is not base)
-        given["modules_to_save"] = [name for name, module in heads if any(True for _ in module.parameters())]
+        given["modules_to_save"] = [
+            name
+            for name, module in model.named_children()
+            if module is not base and any(True for _ in module.parameters())
+        ]
+        if base is None or not given["modules_to_save"]:
+            raise DecafError(
+                f"lora.modules_to_save: the new head of {type(model).__name__} is not found by itself; name it, as "
+                "[classifier]"
+            )
     try:
         return LoraConfig(task_type=None if peft_type is None else TaskType(peft_type), **given)
     except (ValueError, TypeError) as error:
@@ -140,7 +148,7 @@ def _image_classification(recipe: Recipe, labels: list[str]) -> Task:
 def _image_text(recipe: Recipe, labels: list[str]) -> Task:
     tokenizer, processor = _load_tokenizer(recipe), _load_part(AutoImageProcessor, recipe)
     model = _load_model(recipe, {})
-    if not hasattr(model, "logit_scale"):
+    if not hasattr(model, "logit_scale") or hasattr(model, "logit_bias"):  # the bias: SigLIP, which reads otherwise
         raise DecafError(
             f"model.name_or_path: {type(model).__name__} is no encoder of images and texts; name a CLIP or a "
             "VisionTextDualEncoder"

@@ -114,7 +114,7 @@ class DecentralizedMixin:
             align=args.align,
             ranks=args.lora_ranks,
             optimizer_state=args.optimizer_state,
-            gossip_steps=1 if ALGORITHMS[args.algorithm].complete else args.gossip_steps,
+            gossip_steps=args.gossip_steps if _mixes_by_hops(args) else 1,
         )
         self.evaluation: dict[str, Any] | None = None  # the newest one, as it stands in metrics.jsonl
         self._evaluated_step: int | None = None
@@ -532,6 +532,12 @@ class DecentralizedMixin:
 
 class DecentralizedTrainer(DecentralizedMixin, Trainer):
     """A `transformers.Trainer` whose agents take part in consensus rounds; see `DecentralizedMixin.__init__`."""
+
+
+def _mixes_by_hops(args: DecentralizedConfig) -> bool:
+    """Whether several mixings per round differ from one; an average over all agents is exact at once."""
+    algorithm = ALGORITHMS[args.algorithm]
+    return algorithm.mix is not None and not algorithm.complete
 
 
 def _schedule(args: DecentralizedConfig) -> MixingSchedule:

@@ -182,6 +182,8 @@ def test_a_grid_of_two_axes_is_their_product(recipe, runs, tmp_path):
         ({"grid": ["lora.r"]}, "--grid 'lora.r'"),
         ({"grid": ["lora.r="]}, "--grid 'lora.r='"),
         ({"grid": ["lora.rr=2,4"]}, "lora.rr: unknown key"),
+        ({"grid": ["lora.r=2,2"]}, "name each key and each of its values once"),
+        ({"grid": ["lora.r=2,4", "lora.r=8"]}, "name each key and each of its values once"),
         ({"grid": ["lora.r=2,many"]}, "lora.r: 'many'"),
         ({"tuning_seed": 1}, "--tuning-seed 1"),
         ({"seeds": [-1]}, "seed"),
@@ -320,6 +322,18 @@ def test_a_changed_recipe_forgets_the_failure(recipe, runs, failing, tmp_path):
     comparison = compared(recipe, tmp_path / "out", ["training.learning_rate=0.5"], grid=[])
     assert len(runs) == 4
     assert comparison["arms"][0]["failed"] == []
+
+
+def test_a_comparison_may_be_moved_and_tells_what_it_replaces(recipe, runs, tmp_path, capsys):
+    compared(recipe, tmp_path / "out", grid=[])
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    runs.clear()
+    compared(recipe, tmp_path / "elsewhere", grid=[])
+    assert runs == []
+    capsys.readouterr()
+    compared(recipe, tmp_path / "elsewhere", ["training.learning_rate=0.5"], grid=[])
+    assert len(runs) == 4
+    assert capsys.readouterr().out.count("holds a run of another recipe, which is replaced") == 4
 
 
 def test_an_unexpected_error_is_told_with_its_trace_and_tried_again(recipe, runs, failing, tmp_path, capsys):

@@ -8,7 +8,7 @@ import matplotlib.image
 import pytest
 
 from decaf_hf import comparison, comparison_pictures, metrics
-from decaf_hf.comparison import arm_scores, failures, interval, markdown, paired_differences
+from decaf_hf.comparison import arm_scores, failures, interval, markdown, paired_differences, paired_table
 
 SETTINGS = [["training.learning_rate=1e-3"], ["training.learning_rate=2e-3"]]
 
@@ -226,3 +226,20 @@ def test_committed_results_still_make_the_tables():
     assert comparison.scores_table(made) in readme
     assert comparison.tuning_table(made) in readme
     assert comparison.paired_table(shown, made["metric"], made["seeds"], "decaf") in readme
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_score_that_is_not_finite_breaks_no_table(bad):
+    results = {
+        seed: {
+            "eval": {who: {"loss": value} for who in ("agents_mean", "agents_max", "consensus")},
+            "payload_mib": 1.0,
+        }
+        for seed, value in ((0, 2.0), (1, bad))
+    }
+    arm = {"algorithm": "decaf", "setting": [], "tuning": [], "failed": [], **arm_scores(results)}
+    other = {**arm, "algorithm": "local"}
+    assert math.isnan(arm["consensus"]["loss"]["sd"])
+    (difference,) = paired_differences([arm, other], "loss", "decaf")
+    assert difference["consensus"]["interval"] is None
+    assert "not finite: none" in paired_table([difference], "loss", [0, 1], "decaf")

@@ -10,7 +10,10 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from PIL import Image
-from transformers import AutoModel, AutoTokenizer, EvalPrediction
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import AutoModel, AutoTokenizer, EvalPrediction, PreTrainedTokenizerFast
 
 import decaf_hf.tasks
 from decaf_hf import DecentralizedTrainer
@@ -279,6 +282,38 @@ def test_a_prompt_is_cut_in_its_longest_column_only(tmp_path):
         )
 
 
+def test_a_character_of_several_tokens_is_cut_as_one(tmp_path):
+    """A tokenizer of bytes gives all tokens of an emoji one and the same place in the text."""
+    known = {"[UNK]": 0, **{char: number for number, char in enumerate(sorted(ByteLevel.alphabet()), start=1)}}
+    inner = Tokenizer(BPE(known, [], unk_token="[UNK]"))
+    inner.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="[UNK]", pad_token="[UNK]")
+    data = read_recipe(recipe_of(tmp_path, "label words", data={"prompt": "{text}:", "max_length": 9})).data
+    rows = Dataset.from_dict({"text": ["ab\N{BALLOON}\N{BALLOON}"], "labels": [0]})
+    for length in range(4, 12):
+        data.max_length = length
+        (row,) = decaf_hf.tasks.language.encode(rows, data, tokenizer, [[7]])
+        assert len(row["input_ids"]) <= length
+        assert row["input_ids"][:2] == tokenizer("ab")["input_ids"]
+
+
+def test_a_text_with_nothing_to_learn_is_refused(tmp_path):
+    path = recipe_of(tmp_path, "plain texts", data={"max_length": 1})
+    code, _, err = command("train", path)
+    assert code == 2
+    assert "has no token to learn within data.max_length=1" in err
+
+
+def test_turns_take_answers_of_uneven_lengths(tmp_path):
+    """An agent's rows may be shorter than the columns that are kept for another's answers."""
+    short = [("gene", "art", "a"), ("cell", "bio", "a"), ("law", "law", "a")] * 4
+    long = [("paint canvas museum color paint canvas museum color", "art", "b")] * 12
+    write_csv(tmp_path / "uneven.csv", [*short, *long])
+    data = {"source": str(tmp_path / "uneven.csv"), "partition": {"kind": "column", "by": "owner"}, "test_size": 4}
+    path = recipe_of(tmp_path, "instructions", data={**data, "max_length": 24}, network={"agents": 2})
+    tiny.assert_same(trained(path, hosting="batched"), trained(path, hosting="turns"), atol=1e-9)
+
+
 def test_packing_joins_and_cuts_every_token_once(tmp_path):
     recipe = read_recipe(recipe_of(tmp_path, "packed"))
     task = load_task(recipe, [])
@@ -288,7 +323,8 @@ def test_packing_joins_and_cuts_every_token_once(tmp_path):
     single = task.encode(Dataset.from_dict(texts))
     assert [len(row) for row in packed["input_ids"]] == [8, 5]
     assert [*chain(*packed["input_ids"])] == [*chain(*single["input_ids"])]
-    assert [*chain(*packed["labels"])] == [*chain(*single["labels"])]
+    # a block's first token has nothing before it
+    assert packed["labels"][1] == [-100, *[*chain(*single["labels"])][9:]]
     # every text's first token is given, all others are asked for
     assert single["labels"] == [[-100, *row[1:]] for row in single["input_ids"]]
 
@@ -382,8 +418,9 @@ def test_a_mirrored_image_is_the_other_half_of_the_draws(tmp_path):
     assert 8 < mirrored < 32
 
 
-def test_an_image_that_cannot_be_read_is_one_line(tmp_path):
-    path = recipe_of(tmp_path, "image-classification")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_one_line(tmp_path, workers):
+    path = recipe_of(tmp_path, "image-classification", training={"dataloader_num_workers": workers})
     for file in (tmp_path / "images" / "art").iterdir():
         file.write_bytes(file.read_bytes()[:60])
     code, _, err = command("train", path)
@@ -413,6 +450,8 @@ OTHER_TASK = ["model.task=image-text", "data.prompt='{label}'"]
         ("causal-lm", ["data.prompt='{title}: {text}'"], "data.prompt names the columns title, text"),
         ("causal-lm", ["data.completion='{text}'"], "data.completion: the answer is either"),
         ("causal-lm", ["data.label_words=null"], "data.prompt: needs an answer"),
+        ("causal-lm", ["data.prompt='{text} {labels} topic'"], "data.prompt: {labels} would tell the answer"),
+        ("text-classification", ["data.shots=2", "evaluation.on=own"], "data.shots: evaluation.on is own"),
         ("causal-lm", ["data.packing=true"], "data.packing: label words are scored text by text"),
         ("causal-lm", ["data.label_words={art: 3}"], "the word of label art is 3, not text"),
         ("causal-lm", ["data.augment.flip=true"], "data.augment: it is for task image-classification and image-text"),
@@ -420,7 +459,7 @@ OTHER_TASK = ["model.task=image-text", "data.prompt='{label}'"]
         ("text-classification", ["evaluation.metrics=[perplexity]"], "perplexity is for task causal-lm"),
         ("text-classification", ["data.prompt='{text}'"], "data.prompt: it is for task causal-lm and image-text"),
         ("image-classification", ["data.augment.crop=[1, 0.5]"], "are not two shares of the area"),
-        ("image-classification", ["data.image=label"], "'label' is the label column too"),
+        ("image-classification", ["data.image=label"], "'label' is taken for the classes"),
         ("image-classification", OTHER_TASK, "is no encoder of images and texts"),
         ("image-text", ["training.gradient_checkpointing=true"], "has no gradient_checkpointing; leave it out"),
     ],
