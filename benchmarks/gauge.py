@@ -97,11 +97,11 @@ def on_recipe(config: dict) -> dict:
     return {who: judged[who]["accuracy"] for who in ("consensus", "agents_mean", "agents_min")}
 
 
-def measured(task: str, variants: list[tuple[str, bool, str]], work: Callable[[dict], dict]) -> list[dict]:
+def measured(task: str, variants: list[tuple[str, bool, str]], work: Callable[[dict], dict], jobs: int) -> list[dict]:
     """The judging runs of a task, measuring what is missing of them and of the runs that choose their rates."""
     name = f"gauge-{task.replace('/', '-')}"
-    tried = kept(f"{name}-tuning", configs(task, variants), work)
-    return kept(name, finals(task, variants, tried), work)
+    tried = kept(f"{name}-tuning", configs(task, variants), work, jobs)
+    return kept(name, finals(task, variants, tried), work, jobs)
 
 
 def page(task: str, rows: list[dict]) -> str:
@@ -142,15 +142,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=("wide", "finalists"))
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES, help="of the second stage")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, each a process of one thread")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    wide = measured("digits", VARIANTS, on_digits)
+    torch.set_num_threads(1)
+    wide = measured("digits", VARIANTS, on_digits, options.jobs)
     if options.stage == "wide":
         print(page("digits", wide))
         return
     for task in options.recipes:
-        print(page(task, measured(task, finalists(wide), on_recipe)))
+        print(page(task, measured(task, finalists(wide), on_recipe, options.jobs)))
 
 
 if __name__ == "__main__":

@@ -31,9 +31,14 @@ def machine() -> dict:
     }
 
 
+def path_of(name: str) -> Path:
+    """Where this machine's results go: `benchmarks/results/<name>.json`, with a GPU `<name>-gpu.json`."""
+    return RESULTS / f"{name}{'-gpu' if torch.cuda.is_available() else ''}.json"
+
+
 def write(name: str, rows: list[dict]) -> Path:
-    """Write `benchmarks/results/<name>.json` (`<name>-gpu.json` on a GPU) and return its path."""
-    path = RESULTS / f"{name}{'-gpu' if torch.cuda.is_available() else ''}.json"
+    """Write the rows where `path_of` says and return that path."""
+    path = path_of(name)
     command = " ".join(["python", *sys.orig_argv[1:]])
     report = {
         "command": command,

@@ -50,7 +50,7 @@ def test_the_page_shows_the_committed_results(monkeypatch):
     assert readme_tables.filled(page, readme_tables.claims()) == page.read_text(encoding="utf-8")
     for name in NAMES:
         assert f"results/claims/{name}.png" in page.read_text(encoding="utf-8")
-        assert claim.path_of(name).with_suffix(".png").exists()
+        assert (readme_tables.RESULTS / "claims" / f"{name}.png").exists()
 
 
 def test_results_are_kept_by_configuration(tmp_path):

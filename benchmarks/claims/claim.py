@@ -5,7 +5,9 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -25,30 +27,38 @@ MARKERS = "osD^v<>"
 Row = dict[str, Any]  # what was measured, and under "config" the settings that it was measured with
 
 
-def path_of(name: str) -> Path:
-    """The committed results of a claim."""
-    return report.RESULTS / "claims" / f"{name}.json"
-
-
 def read(name: str) -> list[Row]:
     """What has been measured so far."""
-    path = path_of(name)
+    path = report.path_of(f"claims/{name}")
     return json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
 
 
-def kept(name: str, configs: Sequence[Row], work: Callable[[Row], Row]) -> list[Row]:
+def kept(name: str, configs: Sequence[Row], work: Callable[[Row], Row], jobs: int = 1) -> list[Row]:
     """A row per configuration, in their order: from the results file where it holds that very configuration, else
-    computed by `work`; the file is written after every new one, so a run goes on where it stopped."""
-    path_of(name).parent.mkdir(parents=True, exist_ok=True)
+    computed by `work` in one of `jobs` processes, each with as many threads as this one; the file is written after
+    every new one, so a run goes on where it stopped."""
+    report.path_of(f"claims/{name}").parent.mkdir(parents=True, exist_ok=True)
     rows = {json.dumps(row["config"], sort_keys=True): row for row in read(name)}
     keys = [json.dumps(config, sort_keys=True) for config in configs]
     assert len(set(keys)) == len(keys), "a configuration is listed twice"
-    for number, (key, config) in enumerate(zip(keys, configs, strict=True), start=1):
-        if key not in rows:
-            rows[key] = {"config": config, **work(config)}
-            report.write(f"claims/{name}", [rows[other] for other in keys if other in rows])
-            print(f"{number} of {len(keys)}: {json.dumps(config)}", file=sys.stderr, flush=True)
+    missing = {key: config for key, config in zip(keys, configs, strict=True) if key not in rows}
+    for key, row in computed(missing, work, jobs):
+        rows[key] = {"config": missing[key], **row}
+        found = [rows[other] for other in keys if other in rows]
+        report.write(f"claims/{name}", found)
+        print(f"{len(found)} of {len(keys)}: {key}", file=sys.stderr, flush=True)
     return [rows[key] for key in keys]
+
+
+def computed(configs: dict[str, Row], work: Callable[[Row], Row], jobs: int) -> Iterator[tuple[str, Row]]:
+    """Each key with its configuration's row, as they come."""
+    if jobs == 1:
+        yield from ((key, work(config)) for key, config in configs.items())
+        return
+    threads = torch.get_num_threads()
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        running = {pool.submit(work, config): key for key, config in configs.items()}
+        yield from ((running[done], done.result()) for done in as_completed(running))
 
 
 def main(
@@ -63,12 +73,14 @@ def main(
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--again", action="store_true", help="measure everything anew")
     parser.add_argument("--draw", action="store_true", help="measure nothing: draw and print what the file holds")
+    parser.add_argument("--jobs", type=int, default=1, help="measure in so many processes of one thread each")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    path = report.path_of(f"claims/{name}")
     if options.again:
-        path_of(name).unlink(missing_ok=True)
-    rows = kept(name, [row["config"] for row in read(name)] if options.draw else configs, work)
-    picture(rows).savefig(path_of(name).with_suffix(".png"), dpi=110)
+        path.unlink(missing_ok=True)
+    rows = kept(name, [row["config"] for row in read(name)] if options.draw else configs, work, options.jobs)
+    picture(rows).savefig(path.with_suffix(".png"), dpi=110)
     print(page(rows))
 
 
