@@ -97,15 +97,13 @@ def sentence(rows: list[dict]) -> str:
             what = {"local_steps": "with local steps", "dirichlet_alpha": "with label skew"}
             words = what.get(name, "as the spectral gap falls")
             parts[f"{algorithm} run: it grows {words} ({change})"] = falls(means[::-1])
-    own = [statistics.fmean(values(at(rows, n, v, "decaf"), "truncation")) for n in SWEEPS for v in points(rows, n)]
-    theirs = [
-        statistics.fmean(values(at(rows, n, v, "dlora"), "interference")) for n in SWEEPS for v in points(rows, n)
-    ]
-    smaller = sum(a < b for a, b in zip(own, theirs, strict=True))
-    words = (
-        f"DeCAF's truncation is smaller than the interference that DLoRA suffers ({smaller} of {len(own)} settings)"
-    )
-    parts[words] = smaller == len(own)
+    settings = {tuple({**BASE, name: value}.items()) for name in SWEEPS for value in points(rows, name)}
+    smaller = 0
+    for setting in settings:
+        own, theirs = (chosen(rows, algorithm=algorithm, **dict(setting)) for algorithm in ("decaf", "dlora"))
+        smaller += statistics.fmean(values(own, "truncation")) < statistics.fmean(values(theirs, "interference"))
+    words = "DeCAF's truncation is smaller than the interference that DLoRA suffers"
+    parts[f"{words} ({smaller} of {len(settings)} settings)"] = smaller == len(settings)
     return verdict(parts)
 
 

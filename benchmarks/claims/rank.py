@@ -15,6 +15,7 @@ the smallest last norm of its rule and seed; interpolated between rounds).
 """
 
 import itertools
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -75,11 +76,12 @@ def work(config: dict) -> dict:
 
 
 def matched(rows: list[dict], row: dict, algorithm: str) -> float:
-    """The difference when the mean update has the norm that all ranks of this rule and seed reach."""
+    """The difference when the mean update has the norm that all ranks of this rule and seed reach; nan where already
+    the first round's update is larger."""
     same = chosen(rows, rule=row["config"]["rule"], seed=row["config"]["seed"])
     norm = 0.8 * min(max(other[name]["norm"]) for other in same for name in ALGORITHMS)
-    norms = np.maximum.accumulate([0, *row[algorithm]["norm"]])  # B = 0 at the start: no update, no difference
-    return float(np.interp(norm, norms, [0, *row[algorithm]["difference"]]))
+    norms = np.maximum.accumulate(row[algorithm]["norm"])
+    return float(np.interp(norm, norms, row[algorithm]["difference"], left=math.nan))
 
 
 def measures(rows: list[dict]) -> dict:
@@ -104,21 +106,26 @@ def page(rows: list[dict]) -> str:
     lines = []
     for rule, rank in itertools.product(rules, ranks):
         group = chosen(rows, rule=rule, lora_rank=rank)
-        cells = [spread([value(row) for row in group]) for value in measures(rows).values()]
+        numbers = [[value(row) for row in group] for value in measures(rows).values()]
+        cells = ["-" if any(map(math.isnan, found)) else spread(found) for found in numbers]
         cells += [spread([row[name]["norm"][-1] for row in group], 2) for name in ALGORITHMS]
         lines.append([rule, str(rank), *cells])
     return f"{table(head, lines)}\n\n{sentence(rows)}\n"
 
 
 def sentence(rows: list[dict]) -> str:
-    """A difference falls if Spearman's correlation of its mean over the seeds with the rank is -0.8 or less."""
+    """A difference falls if Spearman's correlation of its mean over the seeds with the rank is -0.8 or less; ranks at
+    which a seed has no number are left out."""
     rules, ranks = shown(rows)
     parts = {}
     for rule in rules:
         for words, value in measures(rows).items():
-            means = [statistics.fmean(value(r) for r in chosen(rows, rule=rule, lora_rank=rank)) for rank in ranks]
-            parts[f"s = {rule}: {words} ({means[0]:.3f}, {means[-1]:.3f})"] = rank_correlation(ranks, means) <= FALLS
-    return f"The difference falls with the rank (in brackets at ranks {ranks[0]} and {ranks[-1]}). {verdict(parts)}"
+            means = {rank: statistics.fmean(map(value, chosen(rows, rule=rule, lora_rank=rank))) for rank in ranks}
+            means = {rank: mean for rank, mean in means.items() if not math.isnan(mean)}
+            first, last = min(means), max(means)
+            held = rank_correlation(list(means), list(means.values())) <= FALLS
+            parts[f"s = {rule}: {words} ({means[first]:.3f} at {first}, {means[last]:.3f} at {last})"] = held
+    return f"The difference falls with the rank (in brackets at the lowest and highest). {verdict(parts)}"
 
 
 def picture(rows: list[dict]) -> Figure:

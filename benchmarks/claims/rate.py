@@ -134,21 +134,19 @@ def page(rows: list[dict]) -> str:
 
 
 def sentence(rows: list[dict]) -> str:
-    """A rate holds on a graph if the interval of the slope reaches down to the rate's exponent."""
+    """A rate holds on a graph if the mean slope is the rate's exponent or steeper; the graph has lost its influence if
+    the longest run is within 5% of the complete graph's."""
     parts = {}
     for arm in ARMS:
-        reached = [row["config"]["graph"] for row in chosen(rows, arm=arm) if interval(slopes(row))[0] <= -0.5]
-        count = len(chosen(rows, arm=arm))
-        parts[f"{arm} falls at least as fast as 1/sqrt(T) on every graph ({len(reached)} of {count})"] = (
-            len(reached) == count
-        )
+        means = [statistics.fmean(slopes(row)) for row in chosen(rows, arm=arm)]
+        reached = sum(mean <= -0.5 for mean in means)
+        words = f"{arm} falls at least as fast as 1/sqrt(T) on every graph ({reached} of {len(means)})"
+        parts[words] = reached == len(means)
     for arm in ARMS:
         sparse = [row for row in chosen(rows, arm=arm) if row["config"]["graph"] != "complete"]
-        nearer = [
-            abs(to_complete(rows, row, -1) - 1) < max(0.05, abs(to_complete(rows, row, 0) - 1)) for row in sparse
-        ]
-        words = f"{arm}: the longest run is no farther from the complete graph's than the shortest, or within 5%"
-        parts[words] = all(nearer)
+        off = max(abs(to_complete(rows, row, -1) - 1) for row in sparse)
+        words = f"{arm}: the longest run is within 5% of the complete graph's on every graph (farthest: {off:.0%})"
+        parts[words] = off <= 0.05
     return verdict(parts)
 
 
