@@ -81,7 +81,9 @@ def _compare(options: argparse.Namespace, _: list[str]) -> int:
         jobs=options.jobs,
         retry_failed=options.retry_failed,
     )
-    return 1 if any(arm["failed"] for arm in comparison["arms"]) else 0
+    arms = comparison["arms"]
+    accidents = [trial for arm in arms for trial in arm["tuning"] if not trial.get("lasting", True)]
+    return 1 if accidents or any(arm["failed"] for arm in arms) else 0
 
 
 def _publish(options: argparse.Namespace, _: list[str]) -> int:

@@ -43,6 +43,7 @@ class _Run:
     recipe: Recipe
     summary: dict[str, Any] | None = None
     failed: str | None = None  # the reason
+    lasting: bool = True  # whether it would fail again
 
     @property
     def folder(self) -> Path:
@@ -75,7 +76,7 @@ class _Run:
         if failure is None:
             self.summary = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
             return
-        self.failed = failure.reason
+        self.failed, self.lasting = failure.reason, failure.lasting
         if failure.lasting:
             record = {"recipe": _elsewhere(self.recipe), "reason": failure.reason}
             write_text(self.folder / FAILURE, json.dumps(record, indent=2) + "\n")
@@ -146,7 +147,8 @@ class _Arm:
         tried = []
         for run in self.tuning:
             score, failed = self.score(run)
-            tried.append({"setting": run.setting, "score": score, **({} if failed is None else {"failed": failed})})
+            why = {} if failed is None else {"failed": failed, "lasting": run.lasting}
+            tried.append({"setting": run.setting, "score": score, **why})
         if self.chosen is None:
             failed = [{"seed": None, "reason": "no setting could be chosen, all failed"}]
             return {"algorithm": self.algorithm, "setting": None, "tuning": tried, "failed": failed}

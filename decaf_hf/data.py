@@ -317,8 +317,8 @@ def _check_rows(source: str, dataset: Dataset, texts: Mapping[str, str], image: 
         _require_column(dataset, column, key, source)
     if len(dataset) == 0:
         raise DecafError(f"{source!r} has no rows; fill it or name another data.source")
-    for column, _, what, blank in checks:
-        rows = np.flatnonzero(blank(dataset, column, source))
+    for column, key, what, blank in checks:
+        rows = np.flatnonzero(blank(dataset, column, key, source))
         if len(rows):
             raise DecafError(
                 f"{source!r} has no {what} in row {rows[0]} (counting from 0, column {column!r}) and in {len(rows)} "
@@ -340,26 +340,26 @@ def _arrow_column(dataset: Dataset, column: str) -> pa.ChunkedArray:
     return dataset.select_columns([column]).with_format("arrow")[:][column]
 
 
-def _is_blank(dataset: Dataset, column: str, source: str) -> np.ndarray:
+def _is_blank(dataset: Dataset, column: str, key: str, source: str) -> np.ndarray:
     """Which rows hold no text, or only white space; `(rows,)` of bool."""
     values = _arrow_column(dataset, column)
     if values.null_count == len(values):  # such a column has an arbitrary type
         return np.ones(len(values), dtype=bool)
     if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
-        raise DecafError(f"column {column!r} of {source!r} holds {values.type}, not text; name another as data.text")
+        raise DecafError(f"column {column!r} of {source!r} holds {values.type}, not text; name another in {key}")
     return pc.fill_null(pc.equal(pc.utf8_trim_whitespace(values), ""), True).to_numpy()
 
 
-def _is_no_image(dataset: Dataset, column: str, source: str) -> np.ndarray:
+def _is_no_image(dataset: Dataset, column: str, key: str, source: str) -> np.ndarray:
     """Which rows hold no image; `(rows,)` of bool."""
     if not isinstance(dataset.features[column], Image):
         raise DecafError(
-            f"column {column!r} of {source!r} holds {dataset.features[column]}, not images; name another as data.image"
+            f"column {column!r} of {source!r} holds {dataset.features[column]}, not images; name another in {key}"
         )
     return pc.is_null(_arrow_column(dataset, column)).to_numpy()
 
 
-def _is_missing_label(dataset: Dataset, column: str, source: str) -> np.ndarray:
+def _is_missing_label(dataset: Dataset, column: str, key: str, source: str) -> np.ndarray:
     """Which rows hold no label: a gap, an empty string, NaN, or the Hub's -1 of a class label; `(rows,)` of bool."""
     values = _arrow_column(dataset, column)
     missing = pc.is_null(values, nan_is_null=True)

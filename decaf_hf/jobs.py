@@ -6,6 +6,7 @@ this one ends, and is started anew if it dies, which fails only the run that it 
 
 import contextlib
 import gc
+import math
 import multiprocessing
 import os
 import resource
@@ -17,6 +18,7 @@ import time
 import traceback
 from collections.abc import Callable, Hashable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import joblib
@@ -72,7 +74,24 @@ def most_jobs(runs: int) -> int:
 
 def jobs_in_memory(peak_mib: float) -> int:
     """Runs that the memory holds at a time, one keeping a tenth of it free for others; at least one."""
-    return max(1, int(0.9 * psutil.virtual_memory().available / MIB / peak_mib))
+    available = min(psutil.virtual_memory().available, available_in_groups())
+    return max(1, int(0.9 * available / MIB / peak_mib))
+
+
+def available_in_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Bytes that this process's control groups (version 2) leave, as containers and batch systems set them; infinite
+    where none sets a limit. Cached files give way, so they do not count as used."""
+    names = own.read_text().splitlines() if own.exists() else []
+    group = next((root / name.removeprefix("0::").lstrip("/") for name in names if name.startswith("0::")), root)
+    left = math.inf
+    for folder in (group, *group.parents):
+        limit = folder / "memory.max"
+        if limit.exists() and (most := limit.read_text().strip()) != "max":
+            cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())["inactive_file"]
+            left = min(left, int(most) - int((folder / "memory.current").read_text()) + int(cached))
+        if folder == root:
+            break
+    return left
 
 
 class Pool:
@@ -198,7 +217,7 @@ def _serve(orders: Connection, log: str) -> None:
     """The life of a process: do what comes, answer, end with the parent."""
     os.setsid()  # Ctrl-C is the parent's to answer
     multiprocessing.set_start_method(None, force=True)  # data loaders and locks as in a run that was started by itself
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     with open(log, "w") as file:
         os.unlink(log)  # it stays readable where it is open, and nothing is left of it in the end
         os.dup2(file.fileno(), 1)
@@ -220,6 +239,11 @@ def _forget() -> None:
         torch.cuda.empty_cache()
 
 
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)  # files are whole or absent at every moment, so it can end at any
+def end_with_parent() -> None:
+    """Let this process end as soon as its parent does, however that ends."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)  # files are whole or absent at every moment, so it can end at any
+
+    threading.Thread(target=watch, daemon=True).start()

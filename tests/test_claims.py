@@ -69,6 +69,19 @@ def test_results_are_kept_by_configuration(tmp_path):
     assert rows == [{"config": {"x": 2}, "y": 4}, {"config": {"x": 1}, "y": 2}]
 
 
+def doubled(config):
+    return {"y": 2 * config["x"], "threads": torch.get_num_threads()}
+
+
+def test_rows_from_several_processes_keep_their_order(tmp_path):
+    configs = [{"x": x} for x in (3, 1, 2)]
+    claim.kept("some", configs[:1], doubled)
+    rows = claim.kept("some", configs, doubled, jobs=2)
+    assert [(row["config"]["x"], row["y"]) for row in rows] == [(3, 6), (1, 2), (2, 4)]
+    assert {row["threads"] for row in rows} == {torch.get_num_threads()}
+    assert claim.read("some") == rows
+
+
 def test_the_probe_sees_adapters_before_they_mix():
     seen = []
 

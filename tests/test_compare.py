@@ -256,6 +256,7 @@ def test_a_setting_that_fails_cannot_win(recipe, runs, failing, tmp_path):
         "setting": ["lora.r=4"],
         "score": None,
         "failed": "agent 1: loss nan at step 3; lower learning_rate",
+        "lasting": True,
     }
     assert decaf["failed"] == []
     assert len(runs) == 8
@@ -364,13 +365,20 @@ def test_a_score_that_is_no_number_cannot_win(recipe, runs, monkeypatch, tmp_pat
     assert comparison["arms"][0]["tuning"][0]["failed"] == "its accuracy is nan"
 
 
-def test_exit_code_is_1_if_an_arm_lacks_a_seed(recipe, runs, failing, tmp_path):
+def test_exit_code_is_1_if_an_arm_lacks_a_seed_or_a_setting_by_accident(recipe, runs, failing, tmp_path):
     words = ["compare", recipe, "--algorithms", "dlora,decaf", "--jobs", "1", "--grid", "lora.r=2,4"]
     words += ["--seeds", "0,1", "--output"]
     failing["decaf", 4, 1000] = DecafError("refused")
     assert command(*words, tmp_path / "a")[0] == 0  # that is what choosing is for
     failing["dlora", 2, 0] = DecafError("refused")
     assert command(*words, tmp_path / "b")[0] == 1
+    failing.clear()
+    failing["decaf", 4, 1000] = RuntimeError("out of memory")
+    assert command(*words, tmp_path / "c")[0] == 1  # the setting was chosen without one that might have won
+    runs.clear()
+    failing.clear()
+    assert command(*words, tmp_path / "c")[0] == 0
+    assert ("decaf", 4, 1000) in [(r.algorithm.name, r.lora.r, r.seed) for r in runs]
 
 
 # ---- the direction of a metric

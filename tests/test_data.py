@@ -268,7 +268,7 @@ def test_progress_bars_are_hidden_inside_and_restored_after(monkeypatch, tmp_pat
         ("text,label\na,0\nb,\nc,1\n", r"no label in row 1 .* 1 rows"),
         ("text,label\na,x\nb,\n", r"no label in row 1 .* 1 rows"),
         ("text,label\na,\nb,\n", r"no label in row 0 .* 2 rows"),
-        ("text,label\n1,0\n2,1\n", "holds int64, not text"),
+        ("text,label\n1,0\n2,1\n", "holds int64, not text; name another in data.text"),
         ("text,label\nhello, world,0\n", "more fields than its header"),
         ("text,label\na,0\nb,c,1\n", "cannot read"),
     ],

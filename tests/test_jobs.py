@@ -1,5 +1,6 @@
 """How many runs are made at a time, and that a process that dies fails one run only."""
 
+import math
 import os
 import signal
 import time
@@ -99,5 +100,21 @@ def test_jobs_follow_cores_memory_and_gpu(monkeypatch):
     memory = psutil.virtual_memory()._replace(available=1000 * 2**20)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     assert [jobs_in_memory(peak) for peak in (300.0, 450.0, 451.0, 5000.0)] == [3, 2, 1, 1]
+    monkeypatch.setattr(jobs, "available_in_groups", lambda: 700 * 2**20)
+    assert jobs_in_memory(300.0) == 2
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert most_jobs(84) == 1
+
+
+def test_the_tightest_group_limits_the_memory(tmp_path):
+    root, own = tmp_path / "groups", tmp_path / "own"
+    own.write_text("1:cpu:/\n0::/batch/job\n")
+    assert jobs.available_in_groups(root, own) == jobs.available_in_groups(root, tmp_path / "none") == math.inf
+    for name, limit, used, cached in (("batch", 1000, 900, 300), ("batch/job", "max", 800, 0)):
+        (root / name).mkdir(parents=True, exist_ok=True)
+        (root / name / "memory.max").write_text(f"{limit}\n")
+        (root / name / "memory.current").write_text(f"{used}\n")
+        (root / name / "memory.stat").write_text(f"anon 5\ninactive_file {cached}\n")
+    assert jobs.available_in_groups(root, own) == 400
+    (root / "batch" / "job" / "memory.max").write_text("900\n")
+    assert jobs.available_in_groups(root, own) == 100

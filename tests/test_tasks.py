@@ -452,6 +452,7 @@ OTHER_TASK = ["model.task=image-text", "data.prompt='{label}'"]
         ("causal-lm", ["data.label_words=null"], "data.prompt: needs an answer"),
         ("causal-lm", ["data.prompt='{text} {labels} topic'"], "data.prompt: {labels} would tell the answer"),
         ("text-classification", ["data.shots=2", "evaluation.on=own"], "data.shots: evaluation.on is own"),
+        ("image-classification", ["data.image=label"], "not images; name another in data.image"),
         ("causal-lm", ["data.packing=true"], "data.packing: label words are scored text by text"),
         ("causal-lm", ["data.label_words={art: 3}"], "the word of label art is 3, not text"),
         ("causal-lm", ["data.augment.flip=true"], "data.augment: it is for task image-classification and image-text"),

@@ -21,6 +21,8 @@ from scipy.stats import spearmanr
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import report
 
+from decaf_hf.jobs import end_with_parent
+
 # From Okabe and Ito's palette, told apart with any color vision.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^v<>"
@@ -50,13 +52,19 @@ def kept(name: str, configs: Sequence[Row], work: Callable[[Row], Row], jobs: in
     return [rows[key] for key in keys]
 
 
+def begin(threads: int) -> None:
+    """Prepare a process that computes rows."""
+    end_with_parent()
+    torch.set_num_threads(threads)
+
+
 def computed(configs: dict[str, Row], work: Callable[[Row], Row], jobs: int) -> Iterator[tuple[str, Row]]:
     """Each key with its configuration's row, as they come."""
     if jobs == 1:
         yield from ((key, work(config)) for key, config in configs.items())
         return
     threads = torch.get_num_threads()
-    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+    with ProcessPoolExecutor(jobs, get_context("spawn"), begin, (threads,)) as pool:
         running = {pool.submit(work, config): key for key, config in configs.items()}
         yield from ((running[done], done.result()) for done in as_completed(running))
 
