@@ -10,12 +10,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 import gauge
+from arms import COMPARISONS
 from claims import graph, interference, rank, rate, truncation
+from claims.claim import table
 from hosting import MEMORY_COLUMNS, TIME_COLUMNS
 from lowrank import COLUMNS
 from publish import COLUMNS as PUBLISH_COLUMNS
 from report import RESULTS, markdown
 
+from decaf_hf.algorithms import ALGORITHMS
 from decaf_hf.comparison import paired_differences, paired_table, scores_table, tuning_table
 
 ROOT = Path(__file__).parent.parent
@@ -29,8 +32,8 @@ def where(report: dict) -> str:
 
 def tables() -> dict[str, str]:
     """Marker -> text."""
-    comparison = json.loads((RESULTS / "comparison.json").read_text())
-    texts = {"comparison": scores_table(comparison), "tuning": tuning_table(comparison)}
+    comparison = json.loads((RESULTS / "comparison-quickstart.json").read_text(encoding="utf-8"))
+    texts = {"comparison": scores_table(comparison), "tuning": tuning_table(comparison), "arms": arms()}
     metric, seeds = comparison["metric"], comparison["seeds"]
     differences = paired_differences(comparison["arms"], metric, "decaf")
     shown = [entry for entry in differences if entry["algorithm"] in ("local", "dlora", "dlora-fa")]
@@ -44,6 +47,24 @@ def tables() -> dict[str, str]:
     publication = json.loads((RESULTS / "publish.json").read_text())
     texts["publish"] = f"{markdown(publication['rows'], PUBLISH_COLUMNS)}\n\n{where(publication)}\n"
     return texts
+
+
+def arms() -> str:
+    """An algorithm a row, a comparison a column: agents' mean and consensus over the seeds, each at its best rate."""
+    measured = {
+        one.heading: json.loads((RESULTS / f"comparison-{name}.json").read_text(encoding="utf-8"))
+        for name, one in COMPARISONS.items()
+        if (RESULTS / f"comparison-{name}.json").exists()  # hours that somebody still has to spend
+    }
+    lines = []
+    for algorithm in ALGORITHMS:
+        cells = []
+        for comparison in measured.values():
+            arm = next((arm for arm in comparison["arms"] if arm["algorithm"] == algorithm), None)
+            scores = [] if arm is None else [arm[who][comparison["metric"]] for who in ("agents_mean", "consensus")]
+            cells.append(" / ".join(f"{one['mean']:.3f} ± {one['sd']:.3f}" for one in scores))
+        lines.append([algorithm, *cells])
+    return table(["algorithm", *measured], lines) + "\n"
 
 
 def claims() -> dict[str, str]:
@@ -70,10 +91,10 @@ def gauges() -> dict[str, str]:
 def filled(page: Path, texts: dict[str, str]) -> str:
     """The page with each text between its markers."""
     text = page.read_text(encoding="utf-8")
-    for name, table in texts.items():
+    for name, content in texts.items():
         pattern = re.compile(f"<!-- {name} -->.*?<!-- end -->", re.DOTALL)
         assert pattern.search(text), f"{page.name} has no marker {name}"
-        text = pattern.sub(lambda _, n=name, t=table: f"<!-- {n} -->\n{t}<!-- end -->", text)
+        text = pattern.sub(lambda _, n=name, t=content: f"<!-- {n} -->\n{t}<!-- end -->", text)
     return text
 
 
