@@ -5,6 +5,7 @@ python benchmarks/readme_tables.py
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from publish import COLUMNS as PUBLISH_COLUMNS
 from report import RESULTS, markdown
 
 from decaf_hf.algorithms import ALGORITHMS
-from decaf_hf.comparison import paired_differences, paired_table, scores_table, tuning_table
+from decaf_hf.comparison import interval, paired_differences, paired_table, scores_table, tuning_table
 
 ROOT = Path(__file__).parent.parent
 CLAIMS = {module.NAME: module for module in (truncation, rank, rate, interference, graph)}
@@ -33,7 +34,8 @@ def where(report: dict) -> str:
 def tables() -> dict[str, str]:
     """Marker -> text."""
     comparison = json.loads((RESULTS / "comparison-quickstart.json").read_text(encoding="utf-8"))
-    texts = {"comparison": scores_table(comparison), "tuning": tuning_table(comparison), "arms": arms()}
+    texts = {"comparison": scores_table(comparison), "tuning": tuning_table(comparison)}
+    texts |= {"arms": arms(), "offline": offline()}
     metric, seeds = comparison["metric"], comparison["seeds"]
     differences = paired_differences(comparison["arms"], metric, "decaf")
     shown = [entry for entry in differences if entry["algorithm"] in ("local", "dlora", "dlora-fa")]
@@ -49,22 +51,45 @@ def tables() -> dict[str, str]:
     return texts
 
 
+def compared() -> dict[str, dict]:
+    """Name -> comparison of the table of arms, as far as somebody has spent the hours."""
+    paths = {name: RESULTS / f"comparison-{name}.json" for name in COMPARISONS}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
+
+
+def scores(comparison: dict, algorithm: str, who: str) -> dict | None:
+    """Mean, deviation and values by seed of an arm's first metric, if it was measured."""
+    arm = next((arm for arm in comparison["arms"] if arm["algorithm"] == algorithm), {})
+    return arm[who][comparison["metric"]] if who in arm else None
+
+
 def arms() -> str:
     """An algorithm a row, a comparison a column: agents' mean and consensus over the seeds, each at its best rate."""
-    measured = {
-        one.heading: json.loads((RESULTS / f"comparison-{name}.json").read_text(encoding="utf-8"))
-        for name, one in COMPARISONS.items()
-        if (RESULTS / f"comparison-{name}.json").exists()  # hours that somebody still has to spend
-    }
+    measured = compared()
     lines = []
     for algorithm in ALGORITHMS:
         cells = []
         for comparison in measured.values():
-            arm = next((arm for arm in comparison["arms"] if arm["algorithm"] == algorithm), None)
-            scores = [] if arm is None else [arm[who][comparison["metric"]] for who in ("agents_mean", "consensus")]
-            cells.append(" / ".join(f"{one['mean']:.3f} ± {one['sd']:.3f}" for one in scores))
+            found = [scores(comparison, algorithm, who) for who in ("agents_mean", "consensus")]
+            cells.append(" / ".join(f"{one['mean']:.3f} ± {one['sd']:.3f}" for one in found if one is not None))
         lines.append([algorithm, *cells])
-    return table(["algorithm", *measured], lines) + "\n"
+    return table(["algorithm", *(COMPARISONS[name].heading for name in measured)], lines) + "\n"
+
+
+def offline() -> str:
+    """What talking brings on skewed shares, and what is missing to pooled data on IID ones, paired by seed."""
+    lines = []
+    for name, comparison in compared().items():
+        iid = name.endswith("-iid")
+        ours = scores(comparison, "decaf", "consensus")["by_seed"]
+        other, who = ("centralized", "consensus") if iid else ("local", "agents_mean")
+        theirs = scores(comparison, other, who)["by_seed"]
+        differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+        low, high = interval(differences)
+        against = "centralized" if iid else "local, agents' mean"
+        numbers = [f"{statistics.fmean(differences):+.3f}", f"{low:+.3f} to {high:+.3f}", str(len(differences))]
+        lines.append([COMPARISONS[name].heading, against, *numbers])
+    return table(["comparison", "decaf's consensus minus", "mean", "95% interval", "seeds"], lines) + "\n"
 
 
 def claims() -> dict[str, str]:
