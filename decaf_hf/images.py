@@ -123,14 +123,7 @@ def _opened(image: PIL.Image.Image | Mapping[str, Any]) -> PIL.Image.Image:
         if opened.mode.startswith(("I", "F")):  # RGB would cut their values off at 255
             raise ValueError(f"its format {opened.mode} has more than 8 bits")
         return PIL.ImageOps.exif_transpose(opened).convert("RGB")
-    except (
-        OSError,
-        SyntaxError,
-        ValueError,
-        AttributeError,
-        PIL.Image.DecompressionBombError,
-        struct.error,
-    ) as error:  # what Pillow raises for damaged files
+    except DAMAGES as error:
         name = image["path"] or "an image without a name"
         raise DecafError(f"an image of the data cannot be read ({name}): {error}; mend or remove it") from error
 
