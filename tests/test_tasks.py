@@ -452,7 +452,6 @@ OTHER_TASK = ["model.task=image-text", "data.prompt='{label}'"]
         ("causal-lm", ["data.label_words=null"], "data.prompt: needs an answer"),
         ("causal-lm", ["data.prompt='{text} {labels} topic'"], "data.prompt: {labels} would tell the answer"),
         ("text-classification", ["data.shots=2", "evaluation.on=own"], "data.shots: evaluation.on is own"),
-        ("image-classification", ["data.image=label"], "not images; name another in data.image"),
         ("causal-lm", ["data.packing=true"], "data.packing: label words are scored text by text"),
         ("causal-lm", ["data.label_words={art: 3}"], "the word of label art is 3, not text"),
         ("causal-lm", ["data.augment.flip=true"], "data.augment: it is for task image-classification and image-text"),
@@ -475,6 +474,17 @@ def test_what_does_not_fit_the_task_is_one_line(tmp_path, task, words, message):
     assert message in err
     assert err.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_a_column_of_texts_is_not_taken_for_images(tmp_path):
+    write_csv(
+        tmp_path / "texts.csv", [(f"paint canvas {i}", label, "x") for i in range(20) for label in ("art", "bio")]
+    )
+    data = {"source": str(tmp_path / "texts.csv"), "image": "text"}
+    code, _, err = command("train", write_recipe(tmp_path, task="image-classification", data=data))
+    assert code == 2, err
+    assert "not images; name another in data.image" in err
+    assert err.count("\n") == 1
 
 
 # ---- few shots
