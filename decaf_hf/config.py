@@ -57,7 +57,7 @@ class DecentralizedConfig(TrainingArguments):
         },
     )
     split: str = field(
-        default="row_norms",
+        default="sqrt",
         metadata={"help": f"How decaf and flexlora share the singular values between A and B: {', '.join(SPLITS)}."},
     )
     align: bool = field(

@@ -472,7 +472,7 @@ class AlgorithmSection(_Section):
     local_steps: int = Field(1, ge=1, description="Optimizer steps between two rounds.")
     rounds: int = Field(ge=1, description="Number of rounds; a run trains for rounds x local_steps steps.")
     split: Literal["sqrt", "us_v", "row_norms"] = Field(
-        "row_norms",
+        "sqrt",
         description="How a truncated SVD is split into the factors (decaf and flexlora only): sqrt gives both the "
         "roots of the singular values, us_v gives B all of them, row_norms keeps the norms of A's rows.",
     )

@@ -92,7 +92,7 @@ def test_defaults_are_filled_in(write):
     recipe = read_recipe(write(SMALLEST))
     assert (recipe.seed, recipe.checkpoint_rounds, recipe.run_folder) == (0, 1, Path("runs/small"))
     assert (recipe.network.topology, recipe.network.weights) == ("ring", "metropolis")
-    assert (recipe.algorithm.name, recipe.algorithm.split, recipe.algorithm.align) == ("decaf", "row_norms", True)
+    assert (recipe.algorithm.name, recipe.algorithm.split, recipe.algorithm.align) == ("decaf", "sqrt", True)
     assert (recipe.data.test_size, recipe.data.validation_size, recipe.data.partition.kind) == (0.2, 0, "iid")
     assert recipe.lora.model_dump() == recipe.training.model_dump() == {}
     assert recipe.lora.r == LoraConfig().r

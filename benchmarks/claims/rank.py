@@ -32,7 +32,7 @@ from decaf_hf.algorithms import average_factors, average_products, consensus
 NAME = "rank"
 RANKS, RULES, SEEDS = (1, 2, 4, 8, 16, 32, 64), ("8 / r", "1"), (0, 1, 2)
 ALGORITHMS = ("dlora", "decaf")
-OPTIONS = {"split": "row_norms", "align": True}
+OPTIONS = {"split": "sqrt", "align": True}
 FALLS = -0.8  # Spearman's correlation with the rank from which on a difference counts as falling
 
 

@@ -8,7 +8,7 @@ agents. One mixing per step, constant step size c sqrt(N / T), the same c for bo
 the squared norm of the true gradient of the mean objective by (A, B), at the network's consensus adapter, averaged
 over the T steps (every fourth one is looked at): what O(1/sqrt(T)) is said of. `decaf_hf.algorithms` and `.mixing` do
 the mixing; seeds and horizons T ride in one batch, as layers of an adapter. DeCAF leaves open how the truncated SVD is
-split into factors: `sqrt` (balanced) and `row_norms` (the default here) are both measured.
+split into factors: `sqrt` (balanced, the default here) and `row_norms` are both measured.
 """
 
 import itertools

@@ -39,7 +39,7 @@ SMALLEST = [config(*setting, rounds=2) for setting in itertools.product((1, 2), 
 
 def deviation(own: Adapter, senders: list[Adapter], weights: list[float], lora_rank: int) -> float:
     """The largest difference, over the layers, between error and discarded spectrum, relative to the product."""
-    mixed = average_products(own, senders, weights, split="row_norms", align=True).adapter
+    mixed = average_products(own, senders, weights, split="sqrt", align=True).adapter
     product = sum(weight * digits.update(sender) for weight, sender in zip(weights, senders, strict=True))
     error = torch.linalg.matrix_norm(digits.update(mixed) - product)
     discarded = torch.linalg.svdvals(product)[..., lora_rank:].norm(dim=-1)
