@@ -32,7 +32,7 @@ VARIANTS = [*itertools.product(SPLITS, (True, False), STATES)]
 TUNING_SEED = 1000
 GRIDS = {
     "digits": (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2),
-    "quickstart": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+    "quickstart": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
     "offline/digits": (2.5e-3, 5e-3, 1e-2, 2e-2),
 }
 SEEDS = (0, 1, 2, 3, 4)

@@ -37,6 +37,7 @@ HIDDEN, LAYERS = 64, 2
 TARGETS = ["q_proj", "v_proj"]  # the head stays as it is, so an adapter is LoRA pairs and nothing else
 VIEWS = 3  # of each training digit, each turned by an angle of its own
 TEST, VALIDATION = 300, 150
+GAUGE = {"split": "sqrt", "align": True}  # in every configuration, so that rows tell what was measured
 logging.set_verbosity_error()
 
 

@@ -30,7 +30,7 @@ def config(topology: str, agents: int, gossip_steps: int = 1, grid=GRID, seeds=S
     arm = {"topology": topology, "agents": agents, "gossip_steps": gossip_steps}
     tuning = {"grid": list(grid), "tuning_seed": TUNING_SEED, "seeds": list(seeds)}
     training = {"rounds": rounds, "local_steps": 2, "lora_rank": 4, "lora_alpha": 8, "dirichlet_alpha": 0.3}
-    return {**arm, **tuning, **training}
+    return {**arm, **tuning, **training, **digits.GAUGE}
 
 
 # A torus needs both sides to be at least 3. The arms of 16 agents come first, for the impatient.

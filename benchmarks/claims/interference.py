@@ -36,7 +36,7 @@ WORDS = {"local_steps": "local steps", "dirichlet_alpha": "label skew", "topolog
 
 def config(algorithm: str, seed: int, changes: dict, steps: int = STEPS) -> dict:
     training = {"agents": 8, "steps": steps, "lora_rank": 4, "lora_alpha": 8, "learning_rate": 1e-2}
-    return {"algorithm": algorithm, "seed": seed, **BASE, **changes, **training}
+    return {"algorithm": algorithm, "seed": seed, **BASE, **changes, **training, **digits.GAUGE}
 
 
 def configs(sweeps: dict, seeds: tuple[int, ...], steps: int = STEPS) -> list[dict]:

@@ -32,13 +32,13 @@ from decaf_hf.algorithms import average_factors, average_products, consensus
 NAME = "rank"
 RANKS, RULES, SEEDS = (1, 2, 4, 8, 16, 32, 64), ("8 / r", "1"), (0, 1, 2)
 ALGORITHMS = ("dlora", "decaf")
-OPTIONS = {"split": "sqrt", "align": True}
 FALLS = -0.8  # Spearman's correlation with the rank from which on a difference counts as falling
 
 
 def config(rule: str, lora_rank: int, seed: int, rounds: int = 10) -> dict:
     alpha = {"8 / r": 8, "1": lora_rank}[rule]
     training = {"agents": 8, "rounds": rounds, "local_steps": 4, "learning_rate": 5e-3, "dirichlet_alpha": 0.1}
+    training |= digits.GAUGE
     return {"rule": rule, "lora_rank": lora_rank, "lora_alpha": alpha, "topology": "ring", "seed": seed, **training}
 
 
@@ -59,8 +59,8 @@ def work(config: dict) -> dict:
             for agent, own in adapters.items():
                 senders, weights = digits.around(trainer, agent)
                 everyone = [adapters[j] for j in senders]
-                products = [rule(own, everyone, weights, **OPTIONS) for rule in (average_factors, average_products)]
-                dlora, decaf = (digits.update(mixed.adapter) for mixed in products)
+                dlora = digits.update(average_factors(own, everyone, weights, **digits.GAUGE).adapter)
+                decaf = digits.update(average_products(own, everyone, weights, **digits.GAUGE).adapter)
                 exact = sum(weight * digits.update(sender) for weight, sender in zip(weights, everyone, strict=True))
                 gaps.append((dlora - decaf).square().sum().item())
                 norms.append(exact.square().sum().item())
@@ -69,7 +69,7 @@ def work(config: dict) -> dict:
 
         end = digits.train(**settings, algorithm=algorithm, look=look)
         agents = digits.adapters(end.trainer)
-        ends[algorithm] = digits.update(consensus(algorithm, [agents[i] for i in sorted(agents)], **OPTIONS))
+        ends[algorithm] = digits.update(consensus(algorithm, [agents[i] for i in sorted(agents)], **digits.GAUGE))
         row[algorithm] = seen
     row["between_runs"] = ((ends["dlora"] - ends["decaf"]).norm() / ends["decaf"].norm()).item()
     return row

@@ -30,6 +30,7 @@ EXACT = {"float32": 1e-5, "float64": 1e-12}  # relative to the product: some ten
 
 def config(lora_rank: int, topology: str, seed: int, rounds: int = 10) -> dict:
     training = {"agents": 8, "rounds": rounds, "local_steps": 4, "learning_rate": 1e-2, "dirichlet_alpha": 0.1}
+    training |= digits.GAUGE
     return {"lora_rank": lora_rank, "lora_alpha": 2 * lora_rank, "topology": topology, "seed": seed, **training}
 
 
@@ -39,7 +40,7 @@ SMALLEST = [config(*setting, rounds=2) for setting in itertools.product((1, 2), 
 
 def deviation(own: Adapter, senders: list[Adapter], weights: list[float], lora_rank: int) -> float:
     """The largest difference, over the layers, between error and discarded spectrum, relative to the product."""
-    mixed = average_products(own, senders, weights, split="sqrt", align=True).adapter
+    mixed = average_products(own, senders, weights, **digits.GAUGE).adapter
     product = sum(weight * digits.update(sender) for weight, sender in zip(weights, senders, strict=True))
     error = torch.linalg.matrix_norm(digits.update(mixed) - product)
     discarded = torch.linalg.svdvals(product)[..., lora_rank:].norm(dim=-1)
