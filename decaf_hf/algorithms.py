@@ -1,6 +1,6 @@
 """What mixing does to one agent's adapter: pure functions of its own, the received adapters and their weights.
 
-`dlora` averages the factors A and B apart, as every peer does; the product of the means is not the mean of the
+`dlora` averages the factors A and B apart; the product of the means is not the mean of the
 products (consensus interference). `decaf` averages the products and returns to rank r by a truncated SVD
 (DeCAF, https://arxiv.org/abs/2505.21382). Trainable tensors that are no LoRA pair are averaged as they are.
 

@@ -260,7 +260,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="judge the adapters of a run or repository", allow_abbrev=False)
     evaluate.add_argument("run", metavar="RUN_OR_REPO", help="a run folder or USER/NAME on the Hub")
     evaluate.add_argument("--recipe", help="a recipe in place of the run's own")
-    evaluate.add_argument("--data", metavar="SOURCE", help="texts in place of the recipe's test split")
+    evaluate.add_argument(
+        "--data", metavar="SOURCE", help="what is judged on in place of the recipe's held-out samples"
+    )
     evaluate.set_defaults(command=_evaluate)
 
     report = commands.add_parser("report", help="pictures and one HTML page of a run, or several", allow_abbrev=False)

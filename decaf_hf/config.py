@@ -12,7 +12,7 @@ from .hosting import MODES
 from .lowrank import SPLITS
 from .optimizer_state import STATES
 
-PARTITIONS = ("iid", "dirichlet", "classes", "column")
+PARTITIONS = ("iid", "stratified", "dirichlet", "classes", "column")
 
 
 def _not_about_ddp(record: logging.LogRecord) -> bool:

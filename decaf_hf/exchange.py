@@ -32,7 +32,6 @@ class Processes:
 
     index: int = 0
     count: int = 1
-    local_index: int = 0
     local_count: int = 1
 
     def agents(self, num_agents: int, index: int | None = None) -> range:
@@ -85,7 +84,7 @@ def join(store: dist.Store | None = None, index: int | None = None, count: int |
             torch.cuda.set_device(0)
     for variable in _LAUNCHER_VARIABLES:
         os.environ.pop(variable, None)
-    _joined = Processes(index, count, local_index, local_count)
+    _joined = Processes(index, count, local_count)
     return _joined
 
 

@@ -1,8 +1,9 @@
 """Several agents in one model: the routed batch, turns, and random streams that are each agent's own.
 
 The batch is agent-major: every agent contributes the same number of rows, the frozen base sees them all at once, and
-each LoRA layer and each head applies agent i's parameters to agent i's rows. The one file that touches inner
-attributes of PEFT's layers (peft 0.21: `_active_adapter`, `lora_variant`, `modules_to_save`).
+each LoRA layer and each head applies agent i's parameters to agent i's rows. The one file that runs PEFT's layers by
+their parts (peft 0.21: `lora_A`, `lora_B`, `lora_bias`, `lora_dropout`, `lora_variant`, `scaling`, and the private
+`_active_adapter`).
 """
 
 import contextlib

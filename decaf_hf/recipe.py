@@ -213,8 +213,8 @@ class ModelSection(_Section):
     task: Literal["text-classification", "causal-lm", "image-classification", "image-text"] = Field(
         "text-classification",
         description="What the model learns to do. causal-lm: plain texts, instructions (data.prompt and "
-        "data.completion), or classes told by a word (data.prompt and data.label_words); image-text: CLIP and other "
-        "dual encoders, classes told by a prompt.",
+        "data.completion), or classes told by a word (data.prompt and data.label_words); image-text: CLIP or a "
+        "VisionTextDualEncoder, classes told by a prompt.",
     )
     name_or_path: Text = Field(
         description="The base model: a Hub id, a folder, or package:NAME/PATH, a folder inside an installed package."

@@ -28,6 +28,7 @@ from .card import base_name
 from .errors import DecafError
 from .files import write_text
 from .graph_report import draw_mixing
+from .metrics import LOWER_IS_BETTER
 from .recipe import Recipe, read_recipe
 from .rounds import read_metrics
 from .topology import CHANGING
@@ -64,7 +65,6 @@ class _Evaluation(BaseModel):
     consensus: dict[str, float]
     agents: list[dict[str, float]] = Field(min_length=1)
     agents_mean: dict[str, float]
-    agents_min: dict[str, float]
 
 
 class _Summary(BaseModel):
@@ -133,7 +133,10 @@ class _Run:
     @property
     def worst(self) -> dict[str, float]:
         """The worst agent's value, metric by metric."""
-        return {"loss": max(scores["loss"] for scores in self.summary.eval.agents), **self.summary.eval.agents_min}
+        return {
+            name: (max if name in LOWER_IS_BETTER else min)(scores[name] for scores in self.summary.eval.agents)
+            for name in self.metrics
+        }
 
     def series(self, name: str) -> np.ndarray:
         """One value of `metrics.jsonl` in every round; `(rounds,)`."""

@@ -204,7 +204,10 @@ def _hypercube(num_agents: int) -> nx.Graph:
 
 
 def _two_hubs(num_agents: int) -> nx.Graph:
-    """Join every agent to the last two, the hubs, which are not joined (DeCAF, arXiv 2505.21382, experiments)."""
+    """Join every agent to the last two, the hubs, which are not joined.
+
+    The bipartite graph of DeCAF's experiments (arXiv 2505.21382), whose form is not given there, is taken to be this.
+    """
     if num_agents < 3:
         raise DecafError(
             f"network.agents is {num_agents}; network.topology 'bipartite' has two hubs and needs at least 3 agents"

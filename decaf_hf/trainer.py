@@ -2,7 +2,8 @@
 
 What is ours sits in a mixin that any Trainer can take. Private methods of the Trainer that it overrides
 (transformers 5.17 to 5.23): `_clip_grad_norm`, `_save_checkpoint`, `_load_from_checkpoint`,
-`_load_optimizer_and_scheduler`, `_load_rng_state`, `_load_best_model`, and it calls `_get_dataloader`.
+`_load_optimizer_and_scheduler`, `_load_rng_state`, `_load_best_model`; those it calls:
+`_get_dataloader`, `_prepare_inputs`.
 """
 
 import copy

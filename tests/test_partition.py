@@ -18,7 +18,7 @@ def balanced_labels(num_samples: int, num_classes: int) -> np.ndarray:
 
 
 @given(
-    kind=st.sampled_from(["iid", "dirichlet", "classes", "column"]),
+    kind=st.sampled_from(["iid", "stratified", "dirichlet", "classes", "column"]),
     num_agents=st.integers(1, 6),
     num_samples=st.integers(60, 200),
     min_samples=st.integers(0, 4),

@@ -233,6 +233,15 @@ def test_every_kind_of_run_is_drawn(run, tmp_path):
     assert [row[0] for row in rows] == (["all"] if one_learner else [str(i) for i in range(run.get("agents", 4))])
 
 
+def test_of_a_perplexity_the_largest_is_the_worst(tmp_path):
+    names = ("loss", "accuracy", "perplexity")
+    folder = write_run(tmp_path / "in" / "run", names=names)
+    (header, *rows) = tables(write_report([folder], tmp_path / "out")).tables["scores"][0]
+    agents = json.loads((folder / "summary.json").read_text())["eval"]["agents"]
+    worst = {name: (min if name == "accuracy" else max)(scores[name] for scores in agents) for name in names}
+    assert rows[2] == ["worst agent", *(worst[name] for name in header[1:])]
+
+
 def test_several_runs_stand_side_by_side(tmp_path):
     folders = [
         write_run(tmp_path / "ring" / "seed-0", every=1),

@@ -22,7 +22,7 @@ from decaf_hf.mixing import mixing_schedule
 NAME = "graph"
 GRAPHS = ("complete", "exponential", "torus", "ring", "one_peer_exponential")
 AGENTS = (4, 8, 16, 32, 64)
-GRID, SEEDS, TUNING_SEED = (5e-3, 1e-2, 2e-2), (0, 1, 2), 1000
+GRID, SEEDS, TUNING_SEED = (5e-3, 1e-2, 2e-2, 4e-2), (0, 1, 2), 1000
 FOLLOWS = 0.7  # Spearman's correlation with the spectral gap from which on accuracy counts as following it
 
 
