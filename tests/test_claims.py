@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,6 +52,12 @@ def test_the_page_shows_the_committed_results(monkeypatch):
     for name in NAMES:
         assert f"results/claims/{name}.png" in page.read_text(encoding="utf-8")
         assert (readme_tables.RESULTS / "claims" / f"{name}.png").exists()
+
+
+def test_where_a_seed_has_no_number_there_is_no_point():
+    axes = claim.panels(1)[1][0]
+    claim.line(axes, 0, [1, 2, 4], [[1.0, 3.0], [float("nan"), 1.0], [5.0, 5.0]], "all")
+    np.testing.assert_array_equal(axes.lines[0].get_ydata(), [2.0, np.nan, 5.0])
 
 
 def test_results_are_kept_by_configuration(tmp_path):

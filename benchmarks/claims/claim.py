@@ -152,9 +152,9 @@ def panels(count: int, *, height: float = 3.6, width: float = 4.4) -> tuple[Figu
 
 
 def line(axes: Axes, index: int, x: Sequence[float], by_x: Sequence[Sequence[float]], label: str, **style) -> None:
-    """Means over the seeds at each x, with bars of one standard deviation."""
+    """Means over the seeds at each x, with bars of one standard deviation; no point where a number is nan."""
     means = [statistics.fmean(numbers) for numbers in by_x]
-    bars = [statistics.stdev(numbers) if len(numbers) > 1 else 0 for numbers in by_x]
+    bars = [np.std(numbers, ddof=1) if len(numbers) > 1 else 0 for numbers in by_x]
     usual = {
         "color": COLORS[index % 7],
         "marker": MARKERS[index % 7],
