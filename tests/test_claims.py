@@ -57,7 +57,7 @@ def test_the_page_shows_the_committed_results(monkeypatch):
 def test_where_a_seed_has_no_number_there_is_no_point():
     axes = claim.panels(1)[1][0]
     claim.line(axes, 0, [1, 2, 4], [[1.0, 3.0], [float("nan"), 1.0], [5.0, 5.0]], "all")
-    np.testing.assert_array_equal(axes.lines[0].get_ydata(), [2.0, np.nan, 5.0])
+    np.testing.assert_array_equal(axes.lines[0].get_ydata().astype(float), [2.0, np.nan, 5.0])
 
 
 def test_results_are_kept_by_configuration(tmp_path):
