@@ -1,4 +1,4 @@
-"""Memory and steps per second of the paper's models with the settings of recipes/paper, on random weights and inputs.
+"""Memory and steps per second of SmolLM2 and of the paper's models in the settings of recipes, on random weights.
 
     python benchmarks/paper_scale.py [--models smollm2 clip-vit-b16 llama-2-7b] [--steps 10] [--tiny]
 

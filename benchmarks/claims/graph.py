@@ -1,6 +1,6 @@
 """Claim: DeCAF learns on any connected graph; a larger spectral gap, or more mixing per round, brings agents closer.
 
-    python benchmarks/claims/graph.py [--again] [--draw]
+    python benchmarks/claims/graph.py [--again] [--draw] [--jobs N]
 
 Accuracy of DeCAF on the test set against the graph, the number of agents and `gossip_steps`, the mixings per round.
 Each arm takes its own best learning rate of the grid, by the agents' mean on the validation set with a seed of its

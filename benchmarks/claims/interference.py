@@ -1,6 +1,6 @@
 """Claim: averaging factors interferes, the more so the farther agents drift apart: local steps, label skew, graph.
 
-    python benchmarks/claims/interference.py [--again] [--draw]
+    python benchmarks/claims/interference.py [--again] [--draw] [--jobs N]
 
 From one setting (8 agents on a ring, 4 local steps, Dirichlet 0.1), one thing at a time is changed; the number of
 optimizer steps stays. Interference, the mean over rounds and agents of the run's own metric: what averaging the

@@ -1,6 +1,6 @@
 """Claim: the difference between DLoRA's and DeCAF's consensus vanishes as the LoRA rank grows.
 
-    python benchmarks/claims/rank.py [--again] [--draw]
+    python benchmarks/claims/rank.py [--again] [--draw] [--jobs N]
 
 Measured in two ways. On one trajectory: before each round, from the same factors of an agent's neighborhood, the
 product that DLoRA's rule gives and the one that DeCAF's gives; their distance relative to the exact mean product (and,

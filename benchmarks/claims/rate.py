@@ -1,6 +1,6 @@
 """Claim: DeCAF converges at the rate of decentralized SGD, O(1/sqrt(T)), and the graph matters less as T grows.
 
-    python benchmarks/claims/rate.py [--again] [--draw]
+    python benchmarks/claims/rate.py [--again] [--draw] [--jobs N]
 
 Measured where the gradient is known: noisy low-rank matrix sensing. Agent i sees y = (M + D_i) x + noise for Gaussian
 x, a batch per step, and fits W = B A by stochastic gradients in float64; M has rank r, the D_i sum to zero over the

@@ -1,6 +1,6 @@
 """Claim: the error of DeCAF's truncated SVD is the discarded spectrum, hence bounded, and vanishes as the rank grows.
 
-    python benchmarks/claims/truncation.py [--again] [--draw]
+    python benchmarks/claims/truncation.py [--again] [--draw] [--jobs N]
 
 In every round of a training, for every agent and layer: the distance of the refactored product to the dense mean of
 the senders' products, against the root of the sum of the squares of the dense product's singular values beyond rank r,
