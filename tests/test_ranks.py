@@ -197,13 +197,16 @@ def test_the_consensus_is_the_dense_mean_of_the_agents_updates(tmp_path, algorit
     assert trainer.network.consensus_distance(everyone) == pytest.approx(expected, rel=1e-6)
 
 
-def test_an_agent_of_rank_16_among_agents_of_rank_2_goes_on_learning(tmp_path):
+@pytest.mark.parametrize("split", ["sqrt", "row_norms"])
+def test_an_agent_of_rank_16_among_agents_of_rank_2_goes_on_learning(tmp_path, split):
     """The mean of its neighbors has fewer directions than it has room for; its A keeps them all."""
-    trainer = trained(tmp_path, num_agents=3, lora_ranks=[2, 16, 2], local_steps=1, max_steps=2)
+    changes = {"lora_ranks": [2, 16, 2], "local_steps": 1, "max_steps": 2, "split": split, "optim": "adamw_torch"}
+    trainer = trained(tmp_path, num_agents=3, **changes)
     for layer, (a, b) in pair_names(trainer.network.parameters[1]).items():
         A, B = (trainer.network.parameters[1][name].detach() for name in (a, b))
         assert A.shape == (16, 16)
-        assert torch.linalg.svdvals(A).min() > 1e-3, layer
+        directions = torch.linalg.svdvals(A)
+        assert directions.min() > 1e-4 * directions.max(), layer
         assert torch.isfinite(B).all()
         assert torch.linalg.matrix_rank(B @ A) > 2
 

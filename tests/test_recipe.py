@@ -79,7 +79,7 @@ def test_quickstart_is_the_run_that_the_documentation_speaks_of():
     recipe = read_recipe(next(path for path in RECIPES if path.name == "quickstart.yaml"))
     assert recipe.lora.model_dump() == {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"]}
     assert recipe.training.model_dump() == {
-        "learning_rate": 2e-3,
+        "learning_rate": 4e-3,
         "lr_scheduler_type": "constant",
         "per_device_train_batch_size": 4,
     }
