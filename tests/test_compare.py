@@ -1,5 +1,6 @@
 """What `decaf compare` runs, how a setting is chosen, what a failed or cut off run leaves; nothing is run twice."""
 
+import gc
 import json
 import os
 import signal
@@ -53,6 +54,7 @@ def runs(monkeypatch):
         write_text(recipe.run_folder / "summary.json", json.dumps(summary))
         write_text(recipe.run_folder / "recipe.yaml", resolved_yaml(recipe))
 
+    monkeypatch.setattr(gc, "collect", lambda: 0)  # half a second after each run, and these leave nothing
     monkeypatch.setattr(decaf_hf.run, "run", fake)
     monkeypatch.setattr(decaf_hf.run, "trial", lambda recipe: 10.0)
     monkeypatch.setattr(decaf_hf.compare, "draw_comparison", lambda comparison, folder: [])  # slow, and tested apart
