@@ -11,6 +11,7 @@ from .errors import DecafError, require_one_of
 from .hosting import MODES
 from .lowrank import SPLITS
 from .optimizer_state import STATES
+from .robust import ROBUST
 
 PARTITIONS = ("iid", "stratified", "dirichlet", "classes", "column")
 
@@ -54,6 +55,20 @@ class DecentralizedConfig(TrainingArguments):
         metadata={
             "help": "Times that a round exchanges and mixes: more bytes, closer agents. A topology that changes takes "
             "its next graph each time; fedavg and flexlora are exact after one and do one."
+        },
+    )
+    link_failure: float = field(
+        default=0.0, metadata={"help": "Probability that a link is down for a round, drawn by seed and round."}
+    )
+    agent_absence: float = field(
+        default=0.0,
+        metadata={"help": "Probability that an agent is absent from a round's exchange; it trains on alone."},
+    )
+    robust: str = field(
+        default="none",
+        metadata={
+            "help": f"What an agent does about neighbors that pull too far: {', '.join(ROBUST)} (robust.py). Payloads "
+            "that cannot be right are always refused."
         },
     )
     split: str = field(
@@ -110,7 +125,11 @@ class DecentralizedConfig(TrainingArguments):
             raise DecafError(f"local_steps must be at least 1, got {self.local_steps}; 1 is a round after every step")
         if self.gossip_steps < 1:
             raise DecafError(f"gossip_steps must be at least 1, got {self.gossip_steps}; algorithm local never mixes")
+        for name in ("link_failure", "agent_absence"):
+            if not 0 <= getattr(self, name) < 1:
+                raise DecafError(f"{name} is {getattr(self, name)}; a probability from 0 to below 1 is needed")
         require_one_of("algorithm", self.algorithm, ALGORITHMS)
+        require_one_of("robust", self.robust, ROBUST)
         require_one_of("split", self.split, SPLITS)
         require_one_of("optimizer_state", self.optimizer_state, STATES)
         self._check_ranks()

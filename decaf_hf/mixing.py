@@ -114,6 +114,45 @@ def spectral_gap(mixing: Tensor) -> float:
     return min(1.0, max(0.0, 1 - second))  # rounding may step outside
 
 
+def neighbors(mixing: Tensor) -> list[set[int]]:
+    """List each agent's neighbors: where the `(N, N)` matrix is not 0, without the agent itself."""
+    return [set(row.nonzero().flatten().tolist()) - {agent} for agent, row in enumerate(mixing != 0)]
+
+
+def without_links(mixing: Tensor, down: Tensor) -> Tensor:
+    """The `(N, N)` matrix without the links that are `down` (symmetric, bool): both ends keep the weight themselves.
+
+    It stays nonnegative and symmetric, and its rows go on summing to 1.
+    """
+    kept = mixing.masked_fill(down, 0)
+    kept.fill_diagonal_(0)
+    lost = (mixing - kept).sum(dim=1)  # with the diagonal, so that what is not down stays as it is to the last bit
+    return kept + torch.diag(lost)
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Links that fail and agents that are absent, drawn by seed and round, so that a resumed run meets the same ones.
+
+    Each link fails in a round with probability `link_failure`; each agent is absent from its exchanges, and trains on
+    alone, with probability `agent_absence`.
+    """
+
+    link_failure: float = 0.0
+    agent_absence: float = 0.0
+    seed: int = 0
+
+    def __bool__(self) -> bool:
+        return self.link_failure > 0 or self.agent_absence > 0
+
+    def down(self, num_agents: int, round_index: int) -> Tensor:
+        """Which links are down in a round, symmetric bool `(N, N)`; all of an absent agent's are."""
+        rng = np.random.default_rng((self.seed, round_index))
+        links = torch.from_numpy(rng.random((num_agents, num_agents)) < self.link_failure).triu(1)
+        absent = torch.from_numpy(rng.random(num_agents) < self.agent_absence)
+        return links | links.T | absent[:, None] | absent[None, :]
+
+
 @dataclass(frozen=True, eq=False)
 class MixingSchedule:
     """Which mixing matrix each round uses. Rounds of a run start at 1; any round index >= 0 has a matrix."""
@@ -133,9 +172,8 @@ class MixingSchedule:
         return metropolis(matching(self.topology, self.num_agents, round_index, self.seed))
 
     def neighbors(self, round_index: int) -> list[set[int]]:
-        """List each agent's neighbors in the round: where the matrix is not 0, without the agent itself."""
-        support = self.matrix(round_index) != 0
-        return [set(row.nonzero().flatten().tolist()) - {agent} for agent, row in enumerate(support)]
+        """List each agent's neighbors in the round."""
+        return neighbors(self.matrix(round_index))
 
     @property
     def period(self) -> int | None:

@@ -450,6 +450,17 @@ class NetworkSection(_Section):
         description="Times that a round exchanges and mixes: more bytes, closer agents. A topology that changes takes "
         "its next graph each time; fedavg and flexlora are exact after one and do one.",
     )
+    link_failure: float = Field(
+        0.0, ge=0, lt=1, description="Probability that a link is down for a round, drawn by seed and round."
+    )
+    agent_absence: float = Field(
+        0.0, ge=0, lt=1, description="Probability that an agent is absent from a round's exchange; it trains on alone."
+    )
+    robust: Literal["none", "clip", "trimmed"] = Field(
+        "none",
+        description="What an agent does about neighbors that pull too far: clip shortens their pull to the median "
+        "neighbor's, trimmed leaves the farthest quarter out. Payloads that cannot be right are always refused.",
+    )
     hosting: Literal["auto", "batched", "turns"] = Field(
         "auto", description="How the agents of one process train: as one batch, in turn, or batched where possible."
     )

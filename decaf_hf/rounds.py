@@ -1,9 +1,11 @@
 """A consensus round: which adapters a process holds, how they mix along the graph, what is measured and logged."""
 
+import hashlib
 import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,18 +14,19 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from . import algorithms, exchange, optimizer_state
+from . import algorithms, exchange, optimizer_state, robust
 from .adapters import agent_name, as_adapter, as_tensors, pair_names, scalings, trainable, write
 from .errors import DecafError
 from .exchange import Processes
 from .files import append_line, write_text
-from .mixing import MixingSchedule
+from .mixing import Faults, MixingSchedule, neighbors, without_links
 from .progress import Progress
 
 if TYPE_CHECKING:
     from .trainer import DecentralizedMixin
 
 MIB = 2**20
+STAMP = 8  # bytes that open each payload; not counted as payload
 
 
 class Layout(NamedTuple):
@@ -37,6 +40,11 @@ class Layout(NamedTuple):
         tensors = self.like.values() if names is None else [self.like[name] for name in names]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+    def digest(self, names: Sequence[str]) -> str:
+        """Equal for equal names, shapes and dtypes."""
+        looks = [(name, tuple(self.like[name].shape), str(self.like[name].dtype)) for name in names]
+        return hashlib.blake2b(repr(looks).encode()).hexdigest()
+
 
 class Exchanged(NamedTuple):
     """What one hosted agent mixed in a hop, and what it sent."""
@@ -47,6 +55,7 @@ class Exchanged(NamedTuple):
     truncation: float
     payload_bytes: int
     rotations: dict[str, Tensor]  # algorithms.rotations of its factors; empty unless asked for
+    kept: dict[int, float]  # by neighbor, the share of its weight that was taken: robust.shares, or 0 if refused
 
 
 class Network:
@@ -64,7 +73,9 @@ class Network:
         align: bool,
         ranks: Sequence[int] | None,
         optimizer_state: str,
-        gossip_steps: int = 1,
+        gossip_steps: int,
+        faults: Faults,
+        robust: str,
     ):
         self.processes = processes
         self.num_agents = num_agents
@@ -74,6 +85,8 @@ class Network:
         by_product = algorithms.ALGORITHMS[algorithm].mix is algorithms.average_products
         self.optimizer_state = optimizer_state if by_product else "kept"  # the other rules leave the basis as it is
         self.gossip_steps = gossip_steps
+        self.faults = faults
+        self.robust = robust
         self.agents = list(processes.agents(num_agents))
         self.parameters: dict[int, dict[str, nn.Parameter]] = {
             agent: trainable(model, agent_name(agent)) for agent in self.agents
@@ -85,14 +98,15 @@ class Network:
         like = self.parameters[self.agents[0]]
         stays = {a for a, _ in pair_names(like).values()} if algorithms.ALGORITHMS[algorithm].freezes_a else set()
         self.travels = [name for name in like if name not in stays]
+        self._looks = [layout.digest(self.travels) for layout in self.layouts]
 
-    def check_finite(self, step: int) -> None:
+    def check_finite(self, when: str) -> None:
         """Raise `DecafError` naming the first hosted agent whose adapter is not finite, before it reaches others."""
         for agent, own in self.parameters.items():
             for name, parameter in own.items():
                 if not bool(torch.isfinite(parameter).all()):
                     raise DecafError(
-                        f"agent {agent}: {name} is not finite after step {step}; lower learning_rate or set "
+                        f"agent {agent}: {name} is not finite after {when}; lower learning_rate or set "
                         "max_grad_norm; nothing of this round was mixed or saved"
                     )
 
@@ -102,40 +116,85 @@ class Network:
         Hops are counted through all rounds, from 1, and hop h uses the schedule's matrix h: a topology that changes
         goes on where the last round left it, also after a resume.
         """
-        before = (round_index - 1) * self.gossip_steps
-        done = self._hop(before + 1)
-        for hop in range(before + 2, before + self.gossip_steps + 1):
-            done += [exchanged._replace(senders=[]) for exchanged in self._hop(hop)]
+        if algorithms.ALGORITHMS[self.algorithm].mix is None:
+            return []
+        done = []
+        for hop, matrix in enumerate(self.matrices(round_index)):
+            if hop:
+                check = partial(self.check_finite, f"hop {hop} of round {round_index}")
+                exchange.together(self.processes, check)
+            exchanged = self._hop(f"{round_index}.{hop}", matrix)
+            done += exchanged if hop == 0 else [e._replace(senders=[]) for e in exchanged]
         return done
 
+    def matrices(self, round_index: int) -> list[Tensor]:
+        """The `(N, N)` mixing matrix of each hop of a round, without the links that are down in it."""
+        before = (round_index - 1) * self.gossip_steps
+        whole = [self.schedule.matrix(hop) for hop in range(before + 1, before + self.gossip_steps + 1)]
+        if not self.faults:
+            return whole
+        down = self.faults.down(self.num_agents, round_index)
+        return [without_links(matrix, down) for matrix in whole]
+
+    def links_down(self, round_index: int) -> float:
+        """The share of a round's links that are down in it, all hops together."""
+        schedule, steps = self.schedule, self.gossip_steps
+        whole = sum(map(len, (n for k in range(steps) for n in schedule.neighbors((round_index - 1) * steps + k + 1))))
+        left = sum(map(len, (n for matrix in self.matrices(round_index) for n in neighbors(matrix))))
+        return 1 - left / whole if whole else 0.0
+
     @torch.no_grad()
-    def _hop(self, hop: int) -> list[Exchanged]:
-        """One exchange along the edges of this hop and one mix; an agent without neighbors keeps its adapter."""
+    def _hop(self, hop: str, matrix: Tensor) -> list[Exchanged]:
+        """One exchange along the edges of a matrix and one mix; an agent without neighbors keeps its adapter."""
         rule = algorithms.ALGORITHMS[self.algorithm].mix
-        if rule is None:
-            return []
-        neighbors = self.schedule.neighbors(hop)
-        matrix = self.schedule.matrix(hop)
+        around = neighbors(matrix)
         own = {
-            agent: exchange.pack([tensors[name] for name in self.travels])
+            agent: torch.cat([self._stamp(agent, hop), exchange.pack([tensors[name] for name in self.travels])])
             for agent, tensors in self.parameters.items()
         }
-        sizes = [layout.size(self.travels) for layout in self.layouts]
-        received = exchange.exchange(self.processes, own, neighbors, sizes)
-        adapters = {agent: self._adapter(agent, buffer) for agent, buffer in received.items()}
+        sizes = [STAMP + layout.size(self.travels) for layout in self.layouts]
+        received = exchange.exchange(self.processes, own, around, sizes)
+        mine = {agent: self._adapter(agent, buffer[STAMP:]) for agent, buffer in own.items()}
+        theirs = {
+            agent: mine[agent] if agent in own and buffer is own[agent] else self._open(agent, hop, buffer)
+            for agent, buffer in received.items()
+        }
         done = []
         for agent in self.agents:
-            around = sorted({agent} | neighbors[agent])
-            if len(around) > 1:
-                senders, weights = [adapters[s] for s in around], matrix[agent, around].tolist()
-                mixed = rule(adapters[agent], senders, weights, **self.options)
+            if around[agent]:
+                kept = self._kept(mine[agent], {other: theirs[other] for other in sorted(around[agent])})
+                weights = {other: matrix[agent, other].item() * share for other, share in kept.items() if share > 0}
+                lost = sum(matrix[agent, other].item() * (1 - share) for other, share in kept.items())
+                weights[agent] = matrix[agent, agent].item() + lost
+                senders = [mine[agent] if sender == agent else theirs[sender] for sender in sorted(weights)]
+                weights = [weights[sender] for sender in sorted(weights)]
+                mixed = rule(mine[agent], senders, weights, **self.options)
                 # Adapters that others still need are the received copies, so writing at once disturbs nobody.
                 write(self.parameters[agent], as_tensors(mixed.adapter, self.parameters[agent]))
-                sent = own[agent].numel() * len(neighbors[agent])
+                sent = self.layouts[agent].size(self.travels) * len(around[agent])
                 turned = self.optimizer_state == "rotated"
-                rotations = algorithms.rotations(adapters[agent], mixed.adapter) if turned else {}
-                done.append(Exchanged(agent, senders, weights, mixed.truncation, sent, rotations))
+                rotations = algorithms.rotations(mine[agent], mixed.adapter) if turned else {}
+                done.append(Exchanged(agent, senders, weights, mixed.truncation, sent, rotations, kept))
         return done
+
+    def _kept(self, own: algorithms.Adapter, around: Mapping[int, algorithms.Adapter | None]) -> dict[int, float]:
+        """The share of its weight that each neighbor keeps: 0 for one whose payload cannot be right."""
+        usable = {agent: adapter for agent, adapter in around.items() if adapter is not None}
+        shares = robust.shares(self.robust, own, list(usable.values()))
+        return {**dict.fromkeys(around, 0.0), **dict(zip(usable, shares, strict=True))}
+
+    def _stamp(self, agent: int, hop: str) -> Tensor:
+        """The first bytes of a payload: whose it is, which hop's, and of which names, shapes and dtypes."""
+        text = repr((agent, hop, self._looks[agent])).encode()
+        device = next(iter(self.parameters[self.agents[0]].values())).device
+        return torch.tensor(list(hashlib.blake2b(text, digest_size=STAMP).digest()), dtype=torch.uint8, device=device)
+
+    def _open(self, agent: int, hop: str, buffer: Tensor) -> algorithms.Adapter | None:
+        """The adapter in a payload; None if its stamp is another or its numbers are of no use."""
+        if not torch.equal(buffer[:STAMP], self._stamp(agent, hop)):
+            return None
+        adapter = self._adapter(agent, buffer[STAMP:])
+        return adapter if robust.is_usable(adapter) else None
 
     def carry_over(self, optimizer: torch.optim.Optimizer, done: list[Exchanged]) -> None:
         """Let the optimizer's state of the agents that mixed follow their factors into the new basis, as asked."""
@@ -216,16 +275,17 @@ class RoundCallback(TrainerCallback):
             return
         round_index = state.global_step // args.local_steps
         trained = self._now()
-        exchange.together(self.network.processes, lambda: self.network.check_finite(state.global_step))
+        exchange.together(self.network.processes, lambda: self.network.check_finite(f"step {state.global_step}"))
         done = self.network.mix(round_index)
         self.network.carry_over(self.trainer.optimizer, done)
         mixed = self._now()
         own = {"loss": self.trainer.mean_loss(), **self.network.measure(done)}
+        refused = [(e.agent, other, share) for e in done for other, share in e.kept.items() if share < 1]
         everyone = self.network.gather()
-        parts = exchange.gather_objects(self.network.processes, (len(self.network.agents), own))
+        parts = exchange.gather_objects(self.network.processes, (len(self.network.agents), own, refused))
         if self.network.processes.is_main:
-            total = sum(count for count, _ in parts)
-            mean = {name: sum(count * part[name] for count, part in parts) / total for name in own}
+            total = sum(count for count, _, _ in parts)
+            mean = {name: sum(count * part[name] for count, part, _ in parts) / total for name in own}
             distance = self.network.consensus_distance(everyone)
             self.pending = {
                 "round": round_index,
@@ -240,7 +300,12 @@ class RoundCallback(TrainerCallback):
                 "mix_seconds": mixed - trained,
                 "measure_seconds": self._now() - mixed,
             }
+            if self.network.faults:
+                self.pending["links_down"] = self.network.links_down(round_index)
             self.trainer.log({key: value for key, value in self.pending.items() if key != "step"})
+            refused = sorted(entry for _, _, part in parts for entry in part)
+            if refused:
+                self.pending["refused"] = refused
         if state.global_step >= state.max_steps and self.trainer.eval_dataset is not None:
             control.should_evaluate = True
         if not control.should_evaluate:

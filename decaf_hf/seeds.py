@@ -12,3 +12,8 @@ def stream_seed(*purpose: object) -> int:
 def graph_seed(seed: int) -> int:
     """The seed of a run's random topology, in NumPy's range."""
     return stream_seed(seed, "graph") % 2**32
+
+
+def fault_seed(seed: int) -> int:
+    """The seed of a run's broken links and absent agents, in NumPy's range."""
+    return stream_seed(seed, "faults") % 2**32

@@ -46,6 +46,17 @@ def edges(mixing: Tensor) -> list[list[int | float]]:
     return [[i, j, mixing[i, j].item()] for i, j in mixing.triu().nonzero().tolist()]
 
 
+def refused(lines: list[dict]) -> dict[str, dict[str, float]]:
+    """What the agents refused of each other in the rounds of `metrics.jsonl`: agent -> neighbor -> the sum, over all
+    exchanges, of the share of its weight that was not taken."""
+    found: dict[str, dict[str, float]] = {}
+    for line in lines:
+        for agent, other, share in line.get("refused", []):
+            row = found.setdefault(str(agent), {})
+            row[str(other)] = row.get(str(other), 0.0) + 1 - share
+    return found
+
+
 def summarize(trainer: "DecentralizedMixin") -> dict[str, Any]:
     """The contents of `summary.json`; payload_mib is what one agent sent in all rounds, seconds are process 0's, edges
     are the first hop's, spectral_gap is a hop's."""
@@ -62,6 +73,10 @@ def summarize(trainer: "DecentralizedMixin") -> dict[str, Any]:
         "local_steps": args.local_steps,
         "lora_ranks": args.lora_ranks,  # None: all have the rank of their adapter_config.json
         "gossip_steps": trainer.network.gossip_steps,
+        "link_failure": args.link_failure,
+        "agent_absence": args.agent_absence,
+        "robust": args.robust,
+        "refused": refused(lines),
         "optimizer_state": trainer.network.optimizer_state,
         "seed": args.seed,
         "training": {name: _plain(getattr(args, name)) for name in TRAINING},

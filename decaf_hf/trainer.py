@@ -32,12 +32,12 @@ from .errors import DecafError
 from .hosting import Hosting
 from .hub import publish
 from .metrics import LOWER_IS_BETTER
-from .mixing import MixingSchedule, complete_schedule, identity_schedule, mixing_schedule
+from .mixing import Faults, MixingSchedule, complete_schedule, identity_schedule, mixing_schedule
 from .partition import partition
 from .recipe import HubSection
 from .rounds import Network, RoundCallback
 from .sampling import AgentMajorSampler, Augmented
-from .seeds import graph_seed, stream_seed
+from .seeds import fault_seed, graph_seed, stream_seed
 from .summary import versions, write_summary
 
 # losses known to be a mean over rows or tokens, each a function of its own logits
@@ -116,6 +116,8 @@ class DecentralizedMixin:
             ranks=args.lora_ranks,
             optimizer_state=args.optimizer_state,
             gossip_steps=args.gossip_steps if _mixes_by_hops(args) else 1,
+            faults=Faults(args.link_failure, args.agent_absence, fault_seed(args.seed)),
+            robust=args.robust,
         )
         self.evaluation: dict[str, Any] | None = None  # the newest one, as it stands in metrics.jsonl
         self._evaluated_step: int | None = None
@@ -547,7 +549,7 @@ def _schedule(args: DecentralizedConfig) -> MixingSchedule:
         return complete_schedule(args.num_learners)
     if algorithm.mix is None:
         return identity_schedule(args.num_learners)
-    return mixing_schedule(
+    schedule = mixing_schedule(
         args.topology,
         args.num_agents,
         args.weights,
@@ -555,6 +557,12 @@ def _schedule(args: DecentralizedConfig) -> MixingSchedule:
         probability=args.probability,
         seed=graph_seed(args.seed),
     )
+    if args.robust != "none" and max(map(len, schedule.neighbors(1))) < 2:
+        raise DecafError(
+            f"robust={args.robust} compares an agent's neighbors with one another, but on {args.topology} of "
+            f"{args.num_agents} agents each has at most one at a time; take another topology, or robust: none"
+        )
+    return schedule
 
 
 def _concatenate(parts: list[Any]) -> Any:
