@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from .algorithms import Adapter
 from .errors import DecafError, did_you_mean
-from .files import write_folder
+from .files import named, write_bytes, write_folder
 from .lowrank import LoraFactors
 
 CONSENSUS = "consensus"  # the adapter that holds the network's mean for evaluation; never trained
@@ -191,12 +191,10 @@ def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: LoraConfig
     config = copy.deepcopy(config)
     config.inference_mode = True
     with write_folder(folder) as new:
-        save_file(
-            {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()},
-            new / "adapter_model.safetensors",
-            metadata={"format": "pt"},
-        )
-        config.save_pretrained(str(new))
+        plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        write_bytes(new / "adapter_model.safetensors", save(plain, metadata={"format": "pt"}))
+        with named(new / "adapter_config.json"):
+            config.save_pretrained(str(new))
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -1,28 +1,34 @@
-"""Round checkpoints, keyed by agent and not by process: adapters and optimizer state, scheduler, trainer state.
+"""Round checkpoints, keyed by agent and not by process: adapters, optimizer state, scheduler, trainer state, metrics.
 
-Random streams and data order are arithmetic (seeds, sampling), so nothing of them is stored. safetensors and JSON
-only. All processes must see the folder of the run.
+Random streams, data order and the graph's clock are arithmetic (seeds, sampling, mixing), so nothing of them is
+stored. safetensors and JSON only: nothing that is read back can run code. The last file is `checksums.json`; a
+checkpoint without it, or that differs from it, is skipped. All processes must see the folder of the run.
 """
 
+import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 from transformers import TrainerState
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from . import exchange
 from .errors import DecafError
 from .exchange import Processes
-from .files import publish_folder
+from .files import publish_folder, write_bytes
 
 STATE_NAME = "trainer_state.json"  # where Trainer.train looks for the step to resume at
+CHECKSUMS = "checksums.json"
+METRICS = "metrics.jsonl"
 
 
 def folder(output_dir: str | Path, step: int) -> Path:
@@ -30,11 +36,51 @@ def folder(output_dir: str | Path, step: int) -> Path:
     return Path(output_dir) / "checkpoints" / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
-def last_checkpoint(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint of a run; unfinished ones carry another name."""
-    checkpoints = Path(output_dir) / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    return Path(last) if last else None
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoints of a run, newest first, damaged ones among them; unfinished ones carry another name."""
+    place = Path(output_dir) / "checkpoints"
+    found = [(re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name), path) for path in _entries(place)]
+    return [path for _, path in sorted(((int(m[1]), path) for m, path in found if m), reverse=True)]
+
+
+def newest(output_dir: str | Path) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that is complete, and why newer ones are not."""
+    skipped: dict[Path, str] = {}
+    for path in checkpoints(output_dir):
+        problem = damage(path)
+        if problem is None:
+            return path, skipped
+        skipped[path] = problem
+    return None, skipped
+
+
+def damage(folder: Path) -> str | None:
+    """Why a checkpoint cannot be trusted: a file that is missing, cut short or changed; None if it is complete."""
+    try:
+        files = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))["files"]
+        for name, (size, checksum) in files.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes of {size}"
+            if _checksum(path) != checksum:
+                return f"{name} is not what was written"
+    except FileNotFoundError:
+        return f"{CHECKSUMS} is missing"
+    except OSError as error:
+        return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{CHECKSUMS} is damaged"
+    return None
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a checkpoint that cannot be trusted, so that it is not counted among the newest that are kept."""
+    aside = path.with_name(f"damaged-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
+    return aside
 
 
 def save(
@@ -44,15 +90,24 @@ def save(
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     trainer_state: TrainerState,
-) -> None:
-    """Write a checkpoint: each process its agents, process 0 the rest; visible only when complete."""
+    *,
+    losses: Mapping[int, Tensor],
+    progress: Mapping[str, float],
+    metrics: Path,
+) -> int:
+    """Write a checkpoint, visible only when complete: each process its agents, process 0 the rest. Returns the bytes.
+
+    `losses` are each agent's since the last round (empty at a round), `progress` numbers to go on counting from,
+    `metrics` the file of the rounds so far.
+    """
     new = folder.with_name(f".{folder.name}.new")
     if processes.is_main:
         shutil.rmtree(new, ignore_errors=True)
         new.mkdir(parents=True)
     exchange.barrier(processes)
+    written = {}
     for agent, own in parameters.items():
-        tensors, scalars = {}, {}
+        tensors, scalars = {"losses": losses[agent].detach().cpu().contiguous()}, {}
         for name, parameter in own.items():
             tensors[f"adapter.{name}"] = parameter.detach().cpu().contiguous()
             for key, value in optimizer.state.get(parameter, {}).items():
@@ -60,15 +115,22 @@ def save(
                     tensors[f"optimizer.{key}.{name}"] = value.detach().cpu().contiguous()
                 else:
                     scalars[f"{key}.{name}"] = value
-        save_file(tensors, new / f"agent-{agent}.safetensors", metadata={"scalars": json.dumps(scalars)})
-    exchange.barrier(processes)
+        content = to_bytes(tensors, metadata={"scalars": json.dumps(scalars)})
+        written.update(_write(new / f"agent-{agent}.safetensors", content))
+    everyone = exchange.gather_objects(processes, written)
     if processes.is_main:
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        training = {"param_groups": groups, "scheduler": scheduler.state_dict()}
-        (new / "training.json").write_text(json.dumps(training, default=_plain), encoding="utf-8")
+        training = {"param_groups": groups, "scheduler": scheduler.state_dict(), "progress": dict(progress)}
+        files = {name: entry for part in everyone for name, entry in part.items()}
+        files |= _write(new / "training.json", json.dumps(training, default=_plain).encode())
+        files |= _write(new / METRICS, metrics.read_bytes() if metrics.exists() else b"")
         trainer_state.save_to_json(str(new / STATE_NAME))
+        files |= _write(new / STATE_NAME, (new / STATE_NAME).read_bytes())  # as it is, and synced
+        write_bytes(new / CHECKSUMS, json.dumps({"files": files}).encode())
         publish_folder(new, folder)
+        everyone = [files]
     exchange.barrier(processes)
+    return sum(size for part in everyone for size, _ in part.values())
 
 
 def load_adapters(folder: Path, parameters: Mapping[int, Mapping[str, nn.Parameter]]) -> None:
@@ -84,6 +146,13 @@ def load_adapters(folder: Path, parameters: Mapping[int, Mapping[str, nn.Paramet
                         "resume with the recipe the run was started with"
                     )
                 parameter.copy_(saved)
+
+
+def load_progress(folder: Path, agents: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
+    """The agents' losses since the last round, shape (micro-batches, agents), and the numbers to count on from."""
+    training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    losses = [_read(folder / f"agent-{agent}.safetensors")["losses"] for agent in agents]
+    return torch.stack(losses, dim=-1), training["progress"]
 
 
 def load_training(
@@ -127,6 +196,21 @@ def _read(path: Path) -> dict[str, Tensor]:
 def _scalars(path: Path) -> dict:
     with safe_open(path, framework="pt") as file:
         return json.loads(file.metadata()["scalars"])
+
+
+def _write(path: Path, content: bytes) -> dict[str, tuple[int, str]]:
+    """Write a file; its entry of the checksums."""
+    write_bytes(path, content)
+    return {path.name: (len(content), hashlib.blake2b(content).hexdigest())}
+
+
+def _checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, hashlib.blake2b).hexdigest()
+
+
+def _entries(place: Path) -> list[Path]:
+    return list(place.iterdir()) if place.is_dir() else []
 
 
 def _plain(value: object) -> object:

@@ -65,7 +65,7 @@ class _Run:
 
     def prepare(self) -> bool:
         """Leave in the folder only what this run can resume from; whether there is any."""
-        if self._is_here() and checkpoint.last_checkpoint(self.folder) is not None:
+        if self._is_here() and checkpoint.newest(self.folder)[0] is not None:
             (self.folder / FAILURE).unlink(missing_ok=True)
             return True
         shutil.rmtree(self.folder, ignore_errors=True)

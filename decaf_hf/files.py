@@ -38,25 +38,42 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file in one step."""
     new = path.with_name(f".{path.name}.new")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(new, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    write_bytes(new, text.encode())
     new.replace(path)
     _sync(path.parent)
 
 
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write and sync a file where it may stand half-written: in a folder that is not visible yet."""
+    with named(path), open(path, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def append_line(path: Path, line: str) -> None:
     """Append one line and sync it."""
-    with open(path, "a", encoding="utf-8") as file:
+    with named(path), open(path, "a", encoding="utf-8") as file:
         file.write(line + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Let an OSError say which file it is about; those of writing and syncing do not know."""
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def _sync(path: Path) -> None:
+    with named(path):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

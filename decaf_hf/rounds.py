@@ -261,12 +261,34 @@ class RoundCallback(TrainerCallback):
         self.metrics = Path(trainer.args.output_dir) / "metrics.jsonl"
         self.pending: dict | None = None  # the round's line, kept back until its evaluation is in
         self.progress: Progress | None = None
+        self.checkpoints = {"checkpoints": 0, "checkpoint_seconds": 0.0, "checkpoint_mib": 0.0}
+        self._resumed: list[dict] = []  # the lines that the checkpoint holds
+        self._trained = 0.0  # seconds that the round in progress has trained before it was saved
+
+    def resume(self, lines: list[dict], progress: Mapping[str, float]) -> None:
+        """Go on from a checkpoint: its lines of `metrics.jsonl` and what `progress_so_far` was."""
+        self._resumed, self._trained = lines, progress["train_seconds"]
+        self.checkpoints = {name: progress[name] for name in self.checkpoints}
+
+    def progress_so_far(self) -> dict[str, float]:
+        """What a checkpoint holds to go on counting from; called when one is written."""
+        inside = self.trainer.state.global_step % self.trainer.args.local_steps
+        self._trained = self._trained + self._now() - self.started if inside else 0.0
+        return {"train_seconds": self._trained, **self.checkpoints}
+
+    def count_checkpoint(self, seconds: float, size: int) -> None:
+        """Add what a checkpoint cost; the bytes are all processes' in process 0, its own in others."""
+        cost = {"checkpoints": 1, "checkpoint_seconds": seconds, "checkpoint_mib": size / MIB}
+        self.checkpoints = {name: value + cost[name] for name, value in self.checkpoints.items()}
+
+    def restore_metrics(self) -> None:
+        """Let `metrics.jsonl` hold the lines of the checkpoint that is resumed, none of a new run."""
+        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in self._resumed))
 
     def on_train_begin(self, args, state, control, **kwargs):
         rounds_done = state.global_step // args.local_steps
         if self.network.processes.is_main:
-            kept = [line for line in read_metrics(self.metrics) if line["round"] <= rounds_done]
-            write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+            self.restore_metrics()
             self.progress = Progress(state.max_steps // args.local_steps, rounds_done, bar=not args.disable_tqdm)
         self.started = time.perf_counter()
 
@@ -296,7 +318,7 @@ class RoundCallback(TrainerCallback):
                 "interference": mean["interference"],
                 "truncation": mean["truncation"],
                 "payload_mib": mean["payload_mib"],
-                "train_seconds": trained - self.started,
+                "train_seconds": self._trained + trained - self.started,
                 "mix_seconds": mixed - trained,
                 "measure_seconds": self._now() - mixed,
             }
@@ -310,7 +332,7 @@ class RoundCallback(TrainerCallback):
             control.should_evaluate = True
         if not control.should_evaluate:
             self._write()
-        self.started = self._now()
+        self._trained, self.started = 0.0, self._now()
 
     def on_evaluate(self, args, state, control, **kwargs):
         if self.pending is not None:

@@ -127,10 +127,11 @@ def _train(
     if recipe.hub.repo_id is not None and recipe.hub.every_rounds is not None:
         push = PushCallback(trainer, recipe.hub, say=lambda text: print(text, file=sys.stderr, flush=True))
         trainer.add_callback(push)
+    start = trainer.newest_checkpoint() if resume else None
     if resume:
-        console.print(f"resuming at {checkpoint.last_checkpoint(folder)}", highlight=False, soft_wrap=True)
+        console.print(f"resuming at {start}", highlight=False, soft_wrap=True)
     try:
-        trainer.train(resume_from_checkpoint=resume)
+        trainer.train(resume_from_checkpoint=start)
         trainer.save_model()
     finally:
         if push is not None:
@@ -260,7 +261,7 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -
     if resume and overwrite:
         raise DecafError("--resume and --overwrite exclude each other")
     if resume:
-        if checkpoint.last_checkpoint(folder) is None:
+        if not checkpoint.checkpoints(folder):
             raise DecafError(f"no checkpoint to resume from in {folder}/checkpoints; start without --resume")
         before = read_recipe(folder / "recipe.yaml")
         may_differ = {"hub", "output_dir"}

@@ -87,6 +87,7 @@ def summarize(trainer: "DecentralizedMixin") -> dict[str, Any]:
         "eval": trainer.current_evaluation,
         "payload_mib": sum(line["payload_mib"] for line in lines),
         "seconds": {part: sum(line[f"{part}_seconds"] for line in lines) for part in ("train", "mix", "measure")},
+        **trainer.rounds.checkpoints,
         "base_model_digest": trainer.base_digest,
         "versions": versions(),
         "git_commit": git_commit(),

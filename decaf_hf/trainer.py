@@ -10,6 +10,8 @@ import copy
 import json
 import math
 import shutil
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,7 +37,7 @@ from .metrics import LOWER_IS_BETTER
 from .mixing import Faults, MixingSchedule, complete_schedule, identity_schedule, mixing_schedule
 from .partition import partition
 from .recipe import HubSection
-from .rounds import Network, RoundCallback
+from .rounds import Network, RoundCallback, read_metrics
 from .sampling import AgentMajorSampler, Augmented
 from .seeds import fault_seed, graph_seed, stream_seed
 from .summary import versions, write_summary
@@ -428,29 +430,52 @@ class DecentralizedMixin:
     # ---- saving and resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
-        """As `Trainer.train`; True resumes at the newest checkpoint of the output folder."""
+        """As `Trainer.train`; True resumes at the newest complete checkpoint of the output folder."""
         if resume_from_checkpoint is True:
-            last = checkpoint.last_checkpoint(self.args.output_dir)
-            if last is None:
-                raise DecafError(f"no checkpoint to resume from in {self.args.output_dir}/checkpoints")
-            resume_from_checkpoint = str(last)
+            resume_from_checkpoint = self.newest_checkpoint()
         if not resume_from_checkpoint:
             exchange.together(self.processes, self._check_no_checkpoint)
         else:
+            exchange.together(self.processes, lambda: self._check_undamaged(Path(resume_from_checkpoint)))
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / checkpoint.STATE_NAME))
             if state.global_step >= self.args.max_steps:
                 return self._finished(resume_from_checkpoint, state)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def newest_checkpoint(self) -> str:
+        """The newest complete checkpoint of the output folder, the same in every process; damaged ones newer than it
+        are set aside, and it is said why. Raises `DecafError` where there is none."""
+
+        def choose() -> str | None:
+            if not self.processes.is_main:
+                return None
+            path, skipped = checkpoint.newest(self.args.output_dir)
+            told = [f"{checkpoint.set_aside(old) if path else old}: {why}" for old, why in skipped.items()]
+            if path is None:
+                all_damaged = f", {'; '.join(told)}" if told else ""
+                raise DecafError(f"no checkpoint to resume from in {self.args.output_dir}/checkpoints{all_damaged}")
+            for line in told:
+                print(f"skipped a damaged checkpoint, now {line}", file=sys.stderr, flush=True)
+            return str(path)
+
+        return exchange.gather_objects(self.processes, exchange.together(self.processes, choose))[0]
+
     def _check_no_checkpoint(self) -> None:
-        last = checkpoint.last_checkpoint(self.args.output_dir)
-        if last is not None:
-            raise DecafError(f"{last} is of another run; resume it, remove it or choose another output_dir")
+        found = checkpoint.checkpoints(self.args.output_dir)
+        if found:
+            raise DecafError(f"{found[0]} is of another run; resume it, remove it or choose another output_dir")
+
+    def _check_undamaged(self, path: Path) -> None:
+        problem = checkpoint.damage(path) if self.processes.is_main else None
+        if problem is not None:
+            raise DecafError(f"{path} cannot be resumed from: {problem}")
 
     def _finished(self, folder: str, state: TrainerState) -> TrainOutput:
         """Take up a run whose last round is done; the Trainer's own loop would add a step."""
         self.state = state
         self._load_from_checkpoint(folder)
+        if self.processes.is_main:
+            self.rounds.restore_metrics()
         if self.eval_dataset is not None:
             self.evaluate()
         return TrainOutput(state.global_step, 0.0, {})
@@ -507,7 +532,20 @@ class DecentralizedMixin:
         for callback in [*self.callback_handler.callbacks, self.control]:
             if isinstance(callback, ExportableState):
                 self.state.stateful_callbacks[type(callback).__name__] = callback.state()
-        checkpoint.save(folder, self.processes, self.network.parameters, self.optimizer, self.lr_scheduler, self.state)
+        started = time.perf_counter()
+        losses = torch.stack(self._losses) if self._losses else torch.zeros(0, len(self.agents))
+        written = checkpoint.save(
+            folder,
+            self.processes,
+            self.network.parameters,
+            self.optimizer,
+            self.lr_scheduler,
+            self.state,
+            losses={agent: losses[:, index] for index, agent in enumerate(self.agents)},
+            progress=self.rounds.progress_so_far(),
+            metrics=self.rounds.metrics,
+        )
+        self.rounds.count_checkpoint(time.perf_counter() - started, written)
         if self.processes.is_main:
             rotate_checkpoints(
                 output_dir=str(folder.parent),
@@ -522,6 +560,9 @@ class DecentralizedMixin:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint.load_adapters(Path(resume_from_checkpoint), self.network.parameters)
+        losses, progress = checkpoint.load_progress(Path(resume_from_checkpoint), self.agents)
+        self._losses = list(losses.to(self.args.device))
+        self.rounds.resume(read_metrics(Path(resume_from_checkpoint) / checkpoint.METRICS), progress)
 
     def _load_optimizer_and_scheduler(self, resume_from_checkpoint: str | None) -> None:
         if resume_from_checkpoint is not None:

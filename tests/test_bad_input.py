@@ -280,7 +280,7 @@ def test_non_finite_loss_keeps_the_last_good_round(folder, monkeypatch):
         code, _, err = command("train", "recipe.yaml", rounds)
     one_line(code, err, "agent 1: loss nan at step 6", "learning_rate")
     run = folder / "run"
-    last = checkpoint.last_checkpoint(run)
+    last = checkpoint.newest(run)[0]
     assert last == run / "checkpoints" / "checkpoint-4"  # after round 2; step 6 never ended
     for agent in range(3):
         tensors = load_file(last / f"agent-{agent}.safetensors")
@@ -299,7 +299,7 @@ def test_an_adapter_that_is_not_finite_is_not_mixed(folder, monkeypatch):
     spoiled = []
 
     def spoil(self, step, original=Network.check_finite):
-        if step == 4:
+        if step == "step 4":
             spoiled.append(next(iter(self.parameters[2])))
             self.parameters[2][spoiled[0]].data.view(-1)[0] = torch.inf
         original(self, step)
@@ -307,7 +307,7 @@ def test_an_adapter_that_is_not_finite_is_not_mixed(folder, monkeypatch):
     monkeypatch.setattr(Network, "check_finite", spoil)
     code, _, err = command("train", "recipe.yaml")
     one_line(code, err, f"agent 2: {spoiled[0]} is not finite after step 4", "learning_rate")
-    assert checkpoint.last_checkpoint(folder / "run") == folder / "run" / "checkpoints" / "checkpoint-2"
+    assert checkpoint.newest(folder / "run")[0] == folder / "run" / "checkpoints" / "checkpoint-2"
     assert len((folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) == 1
 
 
@@ -317,7 +317,7 @@ def test_a_huge_learning_rate_stops_at_once(folder):
     line = one_line(code, err, "agent ", "at step ", "learning_rate")
     step = int(line.split("at step ")[1].split(";")[0])
     assert step <= 4
-    last = checkpoint.last_checkpoint(folder / "run")
+    last = checkpoint.newest(folder / "run")[0]
     assert last is None or int(last.name.rpartition("-")[2]) < step
     if last is not None:
         for agent in range(3):
@@ -326,7 +326,7 @@ def test_a_huge_learning_rate_stops_at_once(folder):
 
 def test_a_damaged_checkpoint_is_named(folder):
     assert command("train", "recipe.yaml", "algorithm.rounds=1")[0] == 0
-    damaged = checkpoint.last_checkpoint(folder / "run") / "agent-1.safetensors"
+    damaged = checkpoint.newest(folder / "run")[0] / "agent-1.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:50])
     code, _, err = command("train", "recipe.yaml", "algorithm.rounds=1", "--resume")
     one_line(code, err, "agent-1.safetensors")
