@@ -18,6 +18,12 @@ def main(arguments: list[str] | None = None) -> int:
     except DecafError as error:
         print(f"decaf: error: {error}", file=sys.stderr, flush=True)
         return 2
+    except OSError as error:
+        where = f" {error.filename}" if error.filename is not None else ""
+        print(
+            f"decaf: error:{where}: {error.strerror or error}; what was complete is kept", file=sys.stderr, flush=True
+        )
+        return 1
     except KeyboardInterrupt:
         advice = {_train: "; go on with --resume", _compare: "; the same command goes on where it stopped"}
         resume = advice.get(options.command, "")
@@ -50,9 +56,9 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     if options.processes is not None and options.processes != 1:
         if options.processes > 1:
             Processes(count=options.processes).agents(_learners(recipe))  # refuse here, once
-        words = _without_option(arguments, "--processes")
-        return start_processes(options.processes, words)
-    processes = exchange.join()
+        words = _without_option(_without_option(arguments, "--processes"), "--max-restarts")
+        return start_processes(options.processes, words, max_restarts=options.max_restarts)
+    processes = exchange.join(timeout_seconds=recipe.network.timeout_seconds)
     placement = describe_placement(processes, _learners(recipe))
     if processes.is_main:
         print(placement, flush=True)
@@ -202,6 +208,9 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", help="a recipe YAML")
     train.add_argument("overrides", nargs="*", metavar="section.key=value", help="beats the recipe")
     train.add_argument("--processes", type=int, help="start this many processes on this machine")
+    train.add_argument(
+        "--max-restarts", type=int, default=0, help="with --processes: go on by itself this often when one dies"
+    )
     train.add_argument("--resume", action="store_true", help="go on at the last checkpoint of the run folder")
     train.add_argument("--overwrite", action="store_true", help="replace an existing run folder")
     train.set_defaults(command=_train)

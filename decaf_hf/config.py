@@ -11,6 +11,7 @@ from .errors import DecafError, require_one_of
 from .hosting import MODES
 from .lowrank import SPLITS
 from .optimizer_state import STATES
+from .presence import TIMEOUT_SECONDS
 from .robust import ROBUST
 
 PARTITIONS = ("iid", "stratified", "dirichlet", "classes", "column")
@@ -64,6 +65,13 @@ class DecentralizedConfig(TrainingArguments):
         default=0.0,
         metadata={"help": "Probability that an agent is absent from a round's exchange; it trains on alone."},
     )
+    timeout_seconds: float = field(
+        default=TIMEOUT_SECONDS,
+        metadata={
+            "help": "Silence after which another process is taken for gone, and the longest that sending one message "
+            "may take. A slow process that lives is waited for. The first DecentralizedConfig of a process counts."
+        },
+    )
     robust: str = field(
         default="none",
         metadata={
@@ -115,7 +123,9 @@ class DecentralizedConfig(TrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; the oldest are removed."})
 
     def __post_init__(self):
-        self.processes = exchange.join()
+        if not self.timeout_seconds > 0:
+            raise DecafError(f"timeout_seconds is {self.timeout_seconds}; it must be above 0")
+        self.processes = exchange.join(timeout_seconds=self.timeout_seconds)
         if self.num_agents < 1:
             raise DecafError(f"num_agents must be at least 1, got {self.num_agents}")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):

@@ -6,8 +6,10 @@ and neighboring process; agents of one process read each other's buffers directl
 
 import contextlib
 import os
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import DecafError
+from .presence import TIMEOUT_SECONDS, Presence
 
 T = TypeVar("T")
 
@@ -59,16 +62,24 @@ class Processes:
 
 
 _joined: Processes | None = None
+_presence: Presence | None = None  # with several processes only
 
 
-def join(store: dist.Store | None = None, index: int | None = None, count: int | None = None) -> Processes:
+def join(
+    store: dist.Store | None = None,
+    index: int | None = None,
+    count: int | None = None,
+    *,
+    timeout_seconds: float = TIMEOUT_SECONDS,
+) -> Processes:
     """Open the group of processes that a launcher announced, then hide the launcher from accelerate.
 
     Afterwards every process is a Trainer world of one: no DistributedDataParallel, no sharded data. Each process is
     pinned to one accelerator before that is initialized. Calling it again returns the same answer. `store`, `index`
-    and `count` replace the launcher's variables in tests.
+    and `count` replace the launcher's variables in tests. A process that shows no sign of life for `timeout_seconds`
+    is taken for gone, and so is one that takes longer to send one message.
     """
-    global _joined
+    global _joined, _presence
     if _joined is not None:
         return _joined
     local_index = int(os.environ.get("LOCAL_RANK", 0)) if index is None else index
@@ -79,9 +90,16 @@ def join(store: dist.Store | None = None, index: int | None = None, count: int |
     if count > 1:
         # Several processes on one GPU cannot use nccl among themselves; gloo then stages through main memory.
         backend = "nccl" if own_accelerator else "gloo"
-        dist.init_process_group(backend, store=store, rank=index, world_size=count)
+        timeout = timedelta(seconds=timeout_seconds)
+        dist.init_process_group(backend, store=store, rank=index, world_size=count, timeout=timeout)
         if backend == "nccl":
             torch.cuda.set_device(0)
+        if store is None:  # a second connection, for the thread that shows this process's sign of life
+            place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.TCPStore(*place, is_master=False, wait_for_workers=False)
+        token = [uuid.uuid4().hex]  # an elastic launcher's store outlives a restart, and its keys with it
+        dist.broadcast_object_list(token)
+        _presence = Presence(dist.PrefixStore(f"decaf/{token[0]}", store), index, count, timeout_seconds)
     for variable in _LAUNCHER_VARIABLES:
         os.environ.pop(variable, None)
     _joined = Processes(index, count, local_count)
@@ -90,10 +108,19 @@ def join(store: dist.Store | None = None, index: int | None = None, count: int |
 
 def leave() -> None:
     """Close the group."""
-    global _joined
+    global _joined, _presence
     _joined = None
+    if _presence is not None:
+        _presence.leave()
+        _presence = None
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def hurry() -> None:
+    """The launcher wants this process to end: do not wait long for processes that show no sign of life."""
+    if _presence is not None:
+        _presence.hurry()
 
 
 def agree(processes: Processes, items: Mapping[str, str]) -> None:
@@ -113,7 +140,7 @@ def gather_objects(processes: Processes, item: Any) -> list[Any]:
     if processes.count == 1:
         return [item]
     everyone: list[Any] = [None] * processes.count
-    with _contact("the others"):
+    with _contact(processes):
         dist.all_gather_object(everyone, item)
     return everyone
 
@@ -139,7 +166,7 @@ def together(processes: Processes, work: Callable[[], T]) -> T:
 def barrier(processes: Processes) -> None:
     """Wait for all processes."""
     if processes.count > 1:
-        with _contact("the others"):
+        with _contact(processes):
             dist.barrier()
 
 
@@ -163,7 +190,7 @@ def exchange(
         elif processes.index in targets:
             buffers[agent] = _empty_on_wire(sizes[agent])
             operations.append(dist.P2POp(dist.irecv, buffers[agent], host[agent], tag=agent))
-    _wait(operations)
+    _wait(processes, operations)
     device = next(iter(own.values())).device
     return {agent: buffer.to(device) for agent, buffer in buffers.items()}
 
@@ -188,7 +215,7 @@ def gather(
         elif processes.index in readers:
             buffers[agent] = _empty_on_wire(sizes[agent])
             operations.append(dist.P2POp(dist.irecv, buffers[agent], source, tag=agent))
-    _wait(operations)
+    _wait(processes, operations)
     if processes.index not in readers:
         return {}
     device = next(iter(own.values())).device
@@ -238,20 +265,20 @@ def _empty_on_wire(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8, device="cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
-def _wait(operations: list[dist.P2POp]) -> None:
-    if not operations:
-        return
-    with _contact(f"processes {sorted({operation.peer for operation in operations})}"):
-        for request in dist.batch_isend_irecv(operations):
-            request.wait()
+def _wait(processes: Processes, operations: list[dist.P2POp]) -> None:
+    if processes.count > 1:
+        with _contact(processes):
+            for request in dist.batch_isend_irecv(operations) if operations else ():
+                request.wait()
 
 
 @contextlib.contextmanager
-def _contact(others: str) -> Iterator[None]:
-    """Say in one line that another process is gone."""
+def _contact(processes: Processes) -> Iterator[None]:
+    """Meet the other processes, then exchange with them. Raises `LostProcessError`, in one line, if some are gone."""
+    if _presence is not None:
+        _presence.meet()
     try:
         yield
     except RuntimeError as error:
-        raise DecafError(
-            f"lost contact with a process among {others}: {str(error).splitlines()[0]}; its own output says why"
-        ) from error
+        others = [index for index in range(processes.count) if index != processes.index]
+        raise _presence.lost(others, error) from error

@@ -1,7 +1,9 @@
 """Starting processes, and saying plainly how many came up."""
 
 import os
+import platform
 import sys
+import uuid
 
 import psutil
 import torch
@@ -13,10 +15,11 @@ from .exchange import Processes
 _COUNT_FLAGS = ("--num_processes", "--num-processes", "--nproc_per_node", "--nproc-per-node")
 
 
-def start_processes(count: int, arguments: list[str]) -> int:
+def start_processes(count: int, arguments: list[str], *, max_restarts: int = 0) -> int:
     """Run `python -m decaf_hf ARGUMENTS` in several processes of this machine; return the exit code of the run.
 
-    The processes are started and watched by torch's elastic launcher: when one fails, the others are stopped.
+    The processes are started and watched by torch's elastic launcher: when one fails, the others are stopped, and all
+    are started again at most `max_restarts` times.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -30,8 +33,8 @@ def start_processes(count: int, arguments: list[str]) -> int:
         nproc_per_node=count,
         rdzv_backend="c10d",
         rdzv_endpoint="127.0.0.1:0",
-        run_id="decaf",
-        max_restarts=0,
+        run_id=uuid.uuid4().hex,
+        max_restarts=max_restarts,
         monitor_interval=0.1,
     )
     try:
@@ -42,11 +45,23 @@ def start_processes(count: int, arguments: list[str]) -> int:
     return 0
 
 
+def launch_id() -> str | None:
+    """What stays the same when the launcher starts this process again, and differs for another launch; None without
+    an elastic launcher (torchrun, accelerate launch, --processes)."""
+    name = os.environ.get("TORCHELASTIC_RUN_ID")
+    if name in (None, "", "none"):  # a launch of one machine that was not given one: it is the launcher that stays
+        if name is None:
+            return None
+        parent = psutil.Process(os.getppid())
+        return f"{platform.node()}:{parent.pid}:{parent.create_time()}"
+    return name
+
+
 def describe_placement(processes: Processes, num_agents: int) -> str:
     """The first line of a run: how many agents sit on how many processes and devices."""
     blocks = [processes.agents(num_agents, index) for index in range(processes.count)]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    hosts = ", ".join(f"process {i}: {_span(block)}" for i, block in enumerate(blocks))
+    hosts = ", ".join(f"process {i}: {span(block)}" for i, block in enumerate(blocks))
     plural = "process" if processes.count == 1 else "processes"
     return f"{num_agents} agent{'s' * (num_agents != 1)} on {processes.count} {plural} ({device}): {hosts}"
 
@@ -82,5 +97,6 @@ def _asked_for(parents: list[psutil.Process]) -> int | None:
     return None
 
 
-def _span(agents: range) -> str:
+def span(agents: range) -> str:
+    """`agents 2-4`, or `agent 2`."""
     return f"agent {agents[0]}" if len(agents) == 1 else f"agents {agents[0]}-{agents[-1]}"

@@ -35,6 +35,7 @@ from transformers import TrainingArguments
 
 from .algorithms import refused_ranks
 from .errors import DecafError, did_you_mean
+from .presence import TIMEOUT_SECONDS
 from .topology import TOPOLOGIES
 
 Key = tuple[Any, ...]  # ("data", "partition", "kind"), written data.partition.kind
@@ -455,6 +456,12 @@ class NetworkSection(_Section):
     )
     agent_absence: float = Field(
         0.0, ge=0, lt=1, description="Probability that an agent is absent from a round's exchange; it trains on alone."
+    )
+    timeout_seconds: float = Field(
+        TIMEOUT_SECONDS,
+        gt=0,
+        description="Silence after which another process is taken for gone, and the longest that sending one message "
+        "may take. A slow process that lives is waited for.",
     )
     robust: Literal["none", "clip", "trimmed"] = Field(
         "none",

@@ -293,7 +293,10 @@ class RoundCallback(TrainerCallback):
         self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
+        stopping = self.trainer.stopping
         if state.global_step % args.local_steps:
+            if self.network.processes.count == 1 and stopping.signal is not None:
+                control.should_save = control.should_training_stop = True
             return
         round_index = state.global_step // args.local_steps
         trained = self._now()
@@ -304,10 +307,11 @@ class RoundCallback(TrainerCallback):
         own = {"loss": self.trainer.mean_loss(), **self.network.measure(done)}
         refused = [(e.agent, other, share) for e in done for other, share in e.kept.items() if share < 1]
         everyone = self.network.gather()
-        parts = exchange.gather_objects(self.network.processes, (len(self.network.agents), own, refused))
+        mine = (len(self.network.agents), own, refused, stopping.signal)
+        parts = exchange.gather_objects(self.network.processes, mine)
         if self.network.processes.is_main:
-            total = sum(count for count, _, _ in parts)
-            mean = {name: sum(count * part[name] for count, part, _ in parts) / total for name in own}
+            total = sum(count for count, *_ in parts)
+            mean = {name: sum(count * part[name] for count, part, *_ in parts) / total for name in own}
             distance = self.network.consensus_distance(everyone)
             self.pending = {
                 "round": round_index,
@@ -325,9 +329,13 @@ class RoundCallback(TrainerCallback):
             if self.network.faults:
                 self.pending["links_down"] = self.network.links_down(round_index)
             self.trainer.log({key: value for key, value in self.pending.items() if key != "step"})
-            refused = sorted(entry for _, _, part in parts for entry in part)
+            refused = sorted(entry for _, _, part, _ in parts for entry in part)
             if refused:
                 self.pending["refused"] = refused
+        signals = [number for *_, number in parts if number is not None]
+        if signals and state.global_step < state.max_steps:  # one process was told, so all stop here
+            stopping.signal = signals[0]
+            control.should_save = control.should_training_stop = True
         if state.global_step >= state.max_steps and self.trainer.eval_dataset is not None:
             control.should_evaluate = True
         if not control.should_evaluate:

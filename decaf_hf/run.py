@@ -24,6 +24,7 @@ from .errors import DecafError
 from .exchange import Processes
 from .files import write_text
 from .hub import publish, publish_command
+from .launch import launch_id
 from .metrics import scores
 from .partition import print_partition
 from .publication import base_model_id
@@ -35,15 +36,22 @@ from .sites import Sites, load_sites
 from .tasks import load_task, lora_config, model_location
 from .trainer import DecentralizedTrainer
 
+LAUNCH = "launch.json"
+
 
 def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet: bool = False) -> DecentralizedTrainer:
     """Train a recipe and fill its run folder; every process of a launch calls it.
 
     Raises `DecafError`, with nothing written, for whatever cannot run.
     """
-    processes = exchange.join()
+    processes = exchange.join(timeout_seconds=recipe.network.timeout_seconds)
     console = Console(quiet=quiet or not processes.is_main)
     folder = recipe.run_folder
+    launch = exchange.gather_objects(processes, launch_id())[0]
+    if exchange.gather_objects(processes, launch is not None and _launch_of(folder) == launch)[0]:
+        # Started again by its launcher: the run goes on, whatever the first start was asked to do.
+        resume = exchange.gather_objects(processes, bool(checkpoint.checkpoints(folder)))[0]
+        overwrite = not resume
     exchange.together(processes, lambda: _check_folder(folder, recipe, resume, overwrite))
     if recipe.hub.repo_id is not None:
         local = Path(model_location(recipe)).is_dir()
@@ -55,7 +63,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet:
     with contextlib.ExitStack() as held:
         exchange.together(processes, lambda: held.enter_context(held_alone(folder)) if processes.is_main else None)
         exchange.together(processes, lambda: _check_folder(folder, recipe, resume, overwrite))  # as it is by now
-        _train(recipe, trainer, sites, processes, console, resume=resume, overwrite=overwrite)
+        _train(recipe, trainer, sites, processes, console, resume=resume, overwrite=overwrite, launch=launch)
     if processes.is_main and recipe.hub.repo_id is not None:
         _publish(folder, recipe.hub, console)
     return trainer
@@ -105,12 +113,15 @@ def _train(
     *,
     resume: bool,
     overwrite: bool,
+    launch: str | None,
 ) -> None:
     """Fill the run folder."""
     folder = recipe.run_folder
     if processes.is_main:
         if overwrite and folder.exists():
             _empty(folder)
+        if launch is not None:
+            write_text(folder / LAUNCH, json.dumps({"id": launch}) + "\n")
         write_text(folder / "recipe.yaml", resolved_yaml(recipe))
         partition = {
             "labels": sites.columns,
@@ -233,6 +244,7 @@ def config_of(recipe: Recipe) -> DecentralizedConfig:
         "gossip_steps": network.gossip_steps,
         "link_failure": network.link_failure,
         "agent_absence": network.agent_absence,
+        "timeout_seconds": network.timeout_seconds,
         "robust": network.robust,
         "hosting": network.hosting,
         "algorithm": algorithm.name,
@@ -254,6 +266,14 @@ def config_of(recipe: Recipe) -> DecentralizedConfig:
         raise
     except (ValueError, TypeError, ImportError) as error:
         raise DecafError(f"training: {' '.join(str(error).split())}") from error
+
+
+def _launch_of(folder: Path) -> str | None:
+    """The launch that began a run, or last resumed it."""
+    try:
+        return json.loads((folder / LAUNCH).read_text(encoding="utf-8"))["id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _check_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -> None:

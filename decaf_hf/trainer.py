@@ -33,13 +33,16 @@ from .config import DecentralizedConfig
 from .errors import DecafError
 from .hosting import Hosting
 from .hub import publish
+from .launch import span
 from .metrics import LOWER_IS_BETTER
 from .mixing import Faults, MixingSchedule, complete_schedule, identity_schedule, mixing_schedule
 from .partition import partition
+from .presence import LostProcessError
 from .recipe import HubSection
 from .rounds import Network, RoundCallback, read_metrics
 from .sampling import AgentMajorSampler, Augmented
 from .seeds import fault_seed, graph_seed, stream_seed
+from .stopping import Stopping
 from .summary import versions, write_summary
 
 # losses known to be a mean over rows or tokens, each a function of its own logits
@@ -430,7 +433,11 @@ class DecentralizedMixin:
     # ---- saving and resuming
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
-        """As `Trainer.train`; True resumes at the newest complete checkpoint of the output folder."""
+        """As `Trainer.train`; True resumes at the newest complete checkpoint of the output folder.
+
+        On SIGTERM or Ctrl-C the step is finished (with several processes the round), a checkpoint is saved, and the
+        signal takes its course: SystemExit(143) or KeyboardInterrupt.
+        """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = self.newest_checkpoint()
         if not resume_from_checkpoint:
@@ -440,7 +447,35 @@ class DecentralizedMixin:
             state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / checkpoint.STATE_NAME))
             if state.global_step >= self.args.max_steps:
                 return self._finished(resume_from_checkpoint, state)
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        with Stopping("the step" if self.processes.count == 1 else "the round") as self.stopping:
+            try:
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            except LostProcessError as error:
+                raise self._lost(error) from error
+        if self.state.global_step < self.args.max_steps:
+            self._say_stopped()
+            self.stopping.raise_if_asked()
+        return output
+
+    def _lost(self, error: LostProcessError) -> LostProcessError:
+        """The same, with the agents that are gone and the round."""
+        blocks = [self.processes.agents(self.args.num_learners, index) for index in error.gone]
+        hosted = f" and with {'it' if len(blocks) == 1 else 'them'} {', '.join(map(span, blocks))}" if blocks else ""
+        round_index = self.state.global_step // self.args.local_steps
+        why = f"{error}{hosted}, noticed at round {round_index}; what was saved is kept, go on with --resume"
+        return LostProcessError(error.gone, why)
+
+    def _say_stopped(self) -> None:
+        """Tell where a run was stopped, by a signal or a callback, and how it goes on."""
+        if self.processes.is_main and self.stopping.signal is not None:
+            step, local_steps = self.state.global_step, self.args.local_steps
+            done = f"step {step}, round {step // local_steps} of {self.args.max_steps // local_steps} done"
+            print(
+                f"stopped after {done}; saved in {checkpoint.folder(self.args.output_dir, step)}; "
+                "--resume, or resume_from_checkpoint=True, goes on there",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def newest_checkpoint(self) -> str:
         """The newest complete checkpoint of the output folder, the same in every process; damaged ones newer than it

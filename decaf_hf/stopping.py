@@ -1,0 +1,54 @@
+"""SIGTERM and Ctrl-C while training: the step is finished and saved before the run ends."""
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+
+from . import exchange
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopping:
+    """Notes the first signal to stop for as long as the block lasts; a second one ends the process at once.
+
+    Signals can be caught in a main thread only; elsewhere nothing changes.
+    """
+
+    def __init__(self, until: str):
+        self.until = until  # what is finished first, in words
+        self.signal: int | None = None
+
+    def __enter__(self) -> "Stopping":
+        self._before, self._owner = {}, os.getpid()
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def raise_if_asked(self) -> None:
+        """End the process as the signal would have ended it."""
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.signal is not None:
+            raise SystemExit(128 + self.signal)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:  # a worker that loads data: its parent decides
+            if number == signal.SIGTERM:
+                os._exit(128 + number)
+            return
+        if self.signal is not None:
+            self.__exit__()
+            self.signal = number
+            self.raise_if_asked()
+        self.signal = number
+        exchange.hurry()
+        print(
+            f"stopping: {self.until} is finished and saved first; once more stops at once", file=sys.stderr, flush=True
+        )
