@@ -7,6 +7,7 @@ checkpointed and published is one dictionary and two agents can never pair diffe
 import copy
 import hashlib
 import json
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,8 @@ def check_lora_config(config: PeftConfig) -> None:
             f"lora.init_lora_weights={config.init_lora_weights!r} needs data or changes the base weights; "
             "use true, gaussian or orthogonal"
         )
+    if not 0 <= config.lora_dropout < 1:
+        raise DecafError(f"lora.lora_dropout is {config.lora_dropout}; it lies from 0 to below 1")
     for field in ("trainable_token_indices", "target_parameters", "layer_replication", "megatron_config"):
         if getattr(config, field, None):
             raise DecafError(f"lora.{field} cannot be mixed between agents; leave it out")
@@ -91,7 +94,10 @@ def add_agents(
         raise DecafError(
             f"the LoRA configuration does not fit the model: {_hint_targets(error, model, config)}"
         ) from error
+    except (TypeError, KeyError, AttributeError, re.error) as error:
+        raise DecafError(f"the LoRA configuration cannot be used: {type(error).__name__}: {error}") from error
     _check_layers(peft_model, CONSENSUS)
+    _check_names(peft_model, config)
     config = peft_model.peft_config[CONSENSUS]  # get_peft_model has put the base model's name into it
     for agent in agents:
         peft_model.add_adapter(agent_name(agent), with_rank(config, config.r if ranks is None else ranks[agent]))
@@ -253,10 +259,30 @@ def _check_layers(model: PeftModel, name: str) -> None:
             raise DecafError(
                 f"layer {layer} ({kind}) is not linear, Conv1D or embedding; leave it out of target_modules"
             )
+        if not module.scaling[name] > 0:
+            raise DecafError(
+                f"lora.lora_alpha makes the scaling of layer {layer} {module.scaling[name]:g}; it must be above 0"
+            )
         if module.r[name] > min(shape):
             raise DecafError(
                 f"rank {module.r[name]} exceeds layer {layer} of size {shape[0]} x {shape[1]}; lower lora.r"
             )
+
+
+def _check_names(model: PeftModel, config: LoraConfig) -> None:
+    """Raise `DecafError` for what is named but does not exist; PEFT passes over it."""
+    names = [name.removeprefix("base_model.model.") for name, _ in model.named_modules()]
+    for wanted in config.modules_to_save or ():
+        if not any(name.split(".")[-1] == wanted or name.endswith(f".{wanted}") for name in names):
+            leaves = {name.split(".")[-1] for name in names}
+            raise DecafError(
+                f"lora.modules_to_save names {wanted!r}, which the model lacks{did_you_mean(wanted, leaves)}"
+            )
+    layers = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    for field in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, field) or {}:
+            if not any(re.search(rf"(?:^|\.)(?:{pattern})$", layer) for layer in layers):
+                raise DecafError(f"lora.{field} names {pattern!r}, which matches no layer that gets an adapter")
 
 
 def _hint_targets(error: ValueError, model: nn.Module, config: LoraConfig) -> str:

@@ -94,11 +94,12 @@ def save(
     losses: Mapping[int, Tensor],
     progress: Mapping[str, float],
     metrics: Path,
+    base_model_digest: str,
 ) -> int:
     """Write a checkpoint, visible only when complete: each process its agents, process 0 the rest. Returns the bytes.
 
     `losses` are each agent's since the last round (empty at a round), `progress` numbers to go on counting from,
-    `metrics` the file of the rounds so far.
+    `metrics` the file of the rounds so far, `base_model_digest` tells the frozen weights.
     """
     new = folder.with_name(f".{folder.name}.new")
     if processes.is_main:
@@ -121,6 +122,7 @@ def save(
     if processes.is_main:
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         training = {"param_groups": groups, "scheduler": scheduler.state_dict(), "progress": dict(progress)}
+        training["base_model_digest"] = base_model_digest
         files = {name: entry for part in everyone for name, entry in part.items()}
         files |= _write(new / "training.json", json.dumps(training, default=_plain).encode())
         files |= _write(new / METRICS, metrics.read_bytes() if metrics.exists() else b"")
@@ -146,6 +148,11 @@ def load_adapters(folder: Path, parameters: Mapping[int, Mapping[str, nn.Paramet
                         "resume with the recipe the run was started with"
                     )
                 parameter.copy_(saved)
+
+
+def base_digest(folder: Path) -> str:
+    """The digest of the base model that a checkpoint's adapters belong to."""
+    return json.loads((folder / "training.json").read_text(encoding="utf-8"))["base_model_digest"]
 
 
 def load_progress(folder: Path, agents: Sequence[int]) -> tuple[Tensor, dict[str, float]]:

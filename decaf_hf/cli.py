@@ -49,15 +49,19 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     from . import exchange
     from .exchange import Processes
-    from .launch import describe_placement, missing_processes, start_processes
+    from .launch import describe_placement, end_with_launcher, launch_id, missing_processes, start_processes
     from .recipe import read_recipe
 
     recipe = read_recipe(options.recipe, options.overrides)
-    if options.processes is not None and options.processes != 1:
+    if options.max_restarts < 0 or (options.max_restarts and options.processes is None):
+        raise DecafError(f"--max-restarts {options.max_restarts}: give a number from 0 on, together with --processes")
+    if options.processes is not None and (options.processes != 1 or options.max_restarts):
         if options.processes > 1:
             Processes(count=options.processes).agents(_learners(recipe))  # refuse here, once
         words = _without_option(_without_option(arguments, "--processes"), "--max-restarts")
         return start_processes(options.processes, words, max_restarts=options.max_restarts)
+    if launch_id() is not None:
+        end_with_launcher()
     processes = exchange.join(timeout_seconds=recipe.network.timeout_seconds)
     placement = describe_placement(processes, _learners(recipe))
     if processes.is_main:

@@ -5,6 +5,7 @@ the validation set, with a seed of its own, and is then run with that setting on
 by its resolved recipe: a finished or failed one is not repeated, one that was cut off goes on at its last checkpoint.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from rich.console import Console
 
@@ -55,13 +57,12 @@ class _Run:
 
     def look(self, *, retry_failed: bool) -> None:
         """Take over how an earlier run of this very recipe ended."""
-        failure = self.folder / FAILURE
-        if self._is_here() and (self.folder / "summary.json").exists():
-            self.summary = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
-        elif failure.exists() and not retry_failed:
-            before = json.loads(failure.read_text(encoding="utf-8"))
-            if before["recipe"] == _elsewhere(self.recipe):
-                self.failed = before["reason"]
+        before = _mapping(self.folder / FAILURE)
+        if before.get("recipe") == _elsewhere(self.recipe):
+            # It may have failed after its summary was written.
+            self.failed = None if retry_failed else str(before.get("reason"))
+        elif self._is_here():
+            self.summary = _mapping(self.folder / "summary.json") or None  # a damaged one is made again
 
     def prepare(self) -> bool:
         """Leave in the folder only what this run can resume from; whether there is any."""
@@ -81,6 +82,12 @@ class _Run:
             record = {"recipe": _elsewhere(self.recipe), "reason": failure.reason}
             write_text(self.folder / FAILURE, json.dumps(record, indent=2) + "\n")
 
+    def check_place(self) -> None:
+        """Raise `DecafError` if the folder is somebody else's; only runs are ever replaced."""
+        known = any((self.folder / name).exists() for name in ("recipe.yaml", FAILURE))
+        if self.folder.exists() and not known and (not self.folder.is_dir() or any(self.folder.glob("[!.]*"))):
+            raise DecafError(f"{self.folder} is no run folder (no recipe.yaml); move it or choose another --output")
+
     def replaces(self) -> bool:
         """Whether a finished run of another recipe is in the way."""
         return (self.folder / "summary.json").exists() and not self._is_here()
@@ -90,6 +97,15 @@ class _Run:
             return _elsewhere(read_recipe(self.folder / "recipe.yaml")) == _elsewhere(self.recipe)
         except DecafError:  # not there, or not a recipe of today
             return False
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; an empty one if it is not there or damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _elsewhere(recipe: Recipe) -> str:
@@ -203,7 +219,10 @@ def compare(
     check_writable(output, option="--output")
     console = Console()
     with held_alone(output, who="comparison", option="--output"):
+        for run in itertools.chain.from_iterable([*arm.tuning, *itertools.chain(*arm.finals)] for arm in arms):
+            run.check_place()
         _work(arms, jobs, console, retry_failed=retry_failed)
+        _check_same_material(arms)
         comparison = {
             "recipe": resolved_yaml(recipe),
             "metric": metric,
@@ -223,6 +242,24 @@ def compare(
     print_comparison(comparison, console)
     console.print(f"written to {output / 'comparison.md'} and comparison.json", highlight=False, soft_wrap=True)
     return comparison
+
+
+def _check_same_material(arms: list[_Arm]) -> None:
+    """Raise `DecafError` if runs that are compared had different samples or base models."""
+    seen: dict[tuple[str, int], tuple[Any, Path]] = {}
+    for run in itertools.chain.from_iterable(arm.finished() for arm in arms):
+        material = {
+            "base model": run.summary.get("base_model_digest"),
+            "data": _mapping(run.folder / "partition.json").get("digests"),
+        }
+        for what, own in material.items():
+            if own is not None:
+                first, folder = seen.setdefault((what, run.seed), (own, run.folder))
+                if own != first:
+                    raise DecafError(
+                        f"{run.folder} and {folder} were not made with the same {what}; remove what was made before "
+                        "the change and run again"
+                    )
 
 
 # ---- what is to be run
@@ -260,13 +297,19 @@ def _plan(
     for algorithm in algorithms:
         tries, runs = output / "tuning" / algorithm, output / "runs" / algorithm
         tuning = [
-            run(algorithm, setting, tuning_seed, tries / "_".join(setting), "evaluation.split=validation")
+            run(algorithm, setting, tuning_seed, tries / _file_name(setting), "evaluation.split=validation")
             for setting in settings
             if tuned
         ]
         finals = [[run(algorithm, setting, seed, runs / f"seed-{seed}") for seed in seeds] for setting in settings]
         arms.append(_Arm(algorithm, tuning, finals, recipe.evaluation.metrics[0], judge))
     return arms
+
+
+def _file_name(setting: list[str]) -> str:
+    """A setting as the name of a folder."""
+    name = quote("_".join(setting), safe="=,[]{} '\"+:")
+    return name if len(name) <= 200 else f"{name[:180]}-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"
 
 
 def _settings(grid: Sequence[str]) -> list[list[str]]:
@@ -278,6 +321,8 @@ def _settings(grid: Sequence[str]) -> list[list[str]]:
             raise DecafError(f"--grid {axis!r}: write section.key=value,value")
         if key in ("seed", "output_dir", "algorithm.name", "evaluation.split"):
             raise DecafError(f"--grid {axis!r}: decaf compare sets {key} itself")
+        if key.split(".")[0] in ("hub", "evaluation", "name"):
+            raise DecafError(f"--grid {axis!r}: settings are compared by what they learn; {key} changes nothing of it")
         axis_values = values.split(",")
         if len(set(axis_values)) != len(axis_values) or any(key == other[0].partition("=")[0] for other in axes):
             raise DecafError(f"--grid {axis!r}: name each key and each of its values once")

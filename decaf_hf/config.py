@@ -128,9 +128,14 @@ class DecentralizedConfig(TrainingArguments):
         self.processes = exchange.join(timeout_seconds=self.timeout_seconds)
         if self.num_agents < 1:
             raise DecafError(f"num_agents must be at least 1, got {self.num_agents}")
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise DecafError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in _LEAST.items():
+            value = getattr(self, name)
+            if value is not None and (value < least or (isinstance(value, int) and value >= 2**31)):
+                raise DecafError(f"{name} must be at least {least} and below 2^31, got {value}")
+        if self.dataloader_persistent_workers and not self.dataloader_num_workers:
+            raise DecafError("dataloader_persistent_workers needs workers; set dataloader_num_workers to 1 or more")
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise DecafError(f"label_smoothing_factor is {self.label_smoothing_factor}; it lies from 0 to below 1")
         if self.local_steps < 1:
             raise DecafError(f"local_steps must be at least 1, got {self.local_steps}; 1 is a round after every step")
         if self.gossip_steps < 1:
@@ -190,6 +195,15 @@ class DecentralizedConfig(TrainingArguments):
         return self.per_device_train_batch_size * (self.num_agents // self.num_learners)
 
 
+_LEAST = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "eval_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
+}
 _REFUSED = {
     "fsdp": "an agent lives in one process",
     "deepspeed": "an agent lives in one process",
@@ -198,6 +212,11 @@ _REFUSED = {
     "fp16": "its loss scaler is shared by the agents of a process; use bf16",
     "ignore_data_skip": "a resumed run would see samples twice",
     "neftune_noise_alpha": "its noise is not each agent's own",
+    "dataloader_drop_last": "every held-out sample is judged, and training batches are always full",
+    "bf16_full_eval": "adapters are judged in the format they are trained in",
+    "fp16_full_eval": "adapters are judged in the format they are trained in",
+    "use_liger_kernel": "its fused kernels know nothing of several agents",
+    "debug": "its hooks know nothing of several agents",
     "batch_eval_metrics": "every adapter is judged on whole data sets",
     "save_only_model": "a checkpoint without the optimizer cannot resume exactly",
 }

@@ -4,6 +4,7 @@ A source is a Hub data set, a local file, folder or glob, or `package:NAME/PATH`
 agent's number, so that each process opens only the files of the agents it hosts.
 """
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -209,14 +210,29 @@ def _load_text_folders(
     source: str, folder: Path, columns: list[str], label: str, encoding: str, encoding_errors: str
 ) -> Dataset:
     """Read one text per file."""
-    if len(columns) > 1:
-        raise DecafError(f"{source!r} has one text per file, but data.prompt names the columns {', '.join(columns)}")
+    if len(columns) != 1:
+        named = ", ".join(columns) or "no column"
+        raise DecafError(f"{source!r} has one text per file, but data.prompt names {named}")
     rows = _files_by_folder(source, folder)
     texts = [_decode(path, encoding, encoding_errors) for path, _ in rows]
     empty = [path for (path, _), content in zip(rows, texts, strict=True) if not content.strip()]
     if empty:
         raise DecafError(f"{empty[0]} holds no text ({len(empty)} such files in all); fill or remove them")
     return Dataset.from_dict({columns[0]: texts, label: [name for _, name in rows]})
+
+
+def fingerprint(rows: Dataset) -> str:
+    """A digest of all samples in their order; of images that are files, of what is in the files."""
+    images = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
+    for name in images:
+        rows = rows.cast_column(name, Image(decode=False))
+    total = hashlib.blake2b(digest_size=16)
+    for row in rows:
+        for name in images:
+            if row[name] is not None and row[name]["bytes"] is None:
+                row[name] = {"bytes": Path(row[name]["path"]).read_bytes(), "path": None}
+        total.update(repr(sorted(row.items())).encode())
+    return total.hexdigest()
 
 
 def _load_image_folders(source: str, folder: Path, image: str, label: str) -> Dataset:

@@ -144,7 +144,7 @@ def print_evaluation(result: dict[str, Any], console: Console) -> None:
 
 def write_evaluation(folder: Path, result: dict[str, Any]) -> None:
     """Write `evaluation.json` into a folder."""
-    write_text(folder / "evaluation.json", json.dumps(result, indent=2, allow_nan=False) + "\n")
+    write_text(folder / "evaluation.json", json.dumps(result, indent=2) + "\n")
 
 
 def _cell(score: dict[str, float]) -> str:

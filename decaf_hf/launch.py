@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+import threading
 import uuid
 
 import psutil
@@ -21,6 +22,7 @@ def start_processes(count: int, arguments: list[str], *, max_restarts: int = 0) 
     The processes are started and watched by torch's elastic launcher: when one fails, the others are stopped, and all
     are started again at most `max_restarts` times.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -42,6 +44,8 @@ def start_processes(count: int, arguments: list[str], *, max_restarts: int = 0) 
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         return next((code for code in codes if code > 0), 1)
+    except SignalException as error:
+        return 128 + error.sigval
     return 0
 
 
@@ -55,6 +59,17 @@ def launch_id() -> str | None:
         parent = psutil.Process(os.getppid())
         return f"{platform.node()}:{parent.pid}:{parent.create_time()}"
     return name
+
+
+def end_with_launcher() -> None:
+    """Let this process end as soon as the launcher that started it does, however that ends: no orphans train on."""
+    launcher = psutil.Process(os.getppid())
+
+    def watch() -> None:
+        launcher.wait()
+        os._exit(1)  # files are whole or absent at every moment, so it can end at any
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def describe_placement(processes: Processes, num_agents: int) -> str:

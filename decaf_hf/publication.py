@@ -107,6 +107,8 @@ def _adapter(record: Record, inside: str, where: str, base: str) -> Files:
     folder = record.folder / inside
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            raise ValueError("no mapping; run the recipe again")
     except (OSError, ValueError) as error:
         raise DecafError(f"{folder / CONFIG}: {error}") from None
     config["base_model_name_or_path"] = base

@@ -448,6 +448,7 @@ class NetworkSection(_Section):
     gossip_steps: int = Field(
         1,
         ge=1,
+        le=1000,
         description="Times that a round exchanges and mixes: more bytes, closer agents. A topology that changes takes "
         "its next graph each time; fedavg and flexlora are exact after one and do one.",
     )
@@ -487,8 +488,8 @@ class AlgorithmSection(_Section):
     name: Literal["local", "dlora", "dlora-fa", "decaf", "fedavg", "flexlora", "centralized"] = Field(
         "decaf", description="What agents do with each other's adapters in a round."
     )
-    local_steps: int = Field(1, ge=1, description="Optimizer steps between two rounds.")
-    rounds: int = Field(ge=1, description="Number of rounds; a run trains for rounds x local_steps steps.")
+    local_steps: int = Field(1, ge=1, le=10**9, description="Optimizer steps between two rounds.")
+    rounds: int = Field(ge=1, le=10**9, description="Number of rounds; a run trains for rounds x local_steps steps.")
     split: Literal["sqrt", "us_v", "row_norms"] = Field(
         "sqrt",
         description="How a truncated SVD is split into the factors (decaf and flexlora only): sqrt gives both the "
@@ -790,7 +791,9 @@ def _load(path: str | Path) -> dict[Any, Any]:
         raise DecafError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from None
     except yaml.YAMLError as error:
         raise DecafError(f"{path}: {_yaml_problem(error)}") from None
-    except OmegaConfBaseException as error:
+    except RecursionError:
+        raise DecafError(f"{path}: nested too deep; a recipe is sections of keys") from None
+    except (OmegaConfBaseException, ValueError) as error:
         raise DecafError(f"{path}: {_first_line(error)}") from None
 
 
@@ -844,7 +847,8 @@ def _wrong_value(key: Key, details: list[Any], tree: dict[Any, Any]) -> str:
         return str(context["error"])
     if len(details) == 1:  # several mean: none of the types that the field may have
         if kind in ("string_too_short", "too_short"):
-            return "empty"
+            least = context.get("min_length", 1)
+            return "empty" if least < 2 else f"{_shown(value)} is too short; {least} values are needed"
         if kind == "finite_number":
             return f"{_shown(value)} is not a finite number"
         if kind == "string_pattern_mismatch":

@@ -58,8 +58,11 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet:
         base_model_id(recipe.model.name_or_path, recipe.hub, local=local)  # refused now, not after the training
     exchange.agree(processes, _flat(recipe.model_dump(exclude={"output_dir"})))
     sites = load_sites(recipe, processes)
-    trainer = build_trainer(recipe, sites, processes)
-    exchange.together(processes, lambda: _try_out(trainer))
+    with _no_empty_folder(folder):
+        trainer = build_trainer(recipe, sites, processes)
+        exchange.together(processes, lambda: _try_out(trainer))
+    if resume:
+        exchange.together(processes, lambda: _check_samples(folder, sites))
     with contextlib.ExitStack() as held:
         exchange.together(processes, lambda: held.enter_context(held_alone(folder)) if processes.is_main else None)
         exchange.together(processes, lambda: _check_folder(folder, recipe, resume, overwrite))  # as it is by now
@@ -128,6 +131,7 @@ def _train(
             "training_samples": sites.table.tolist(),
             "held_out": sites.describe(recipe.evaluation.split),
             "source_on_hub": is_hub_source(recipe.data.source),
+            "digests": sites.digests,
         }
         write_text(folder / "partition.json", json.dumps(partition, indent=2) + "\n")
     exchange.barrier(processes)
@@ -152,6 +156,29 @@ def _train(
         write_card(folder)
         _say_end(console, recipe, trainer)
     exchange.barrier(processes)
+
+
+@contextlib.contextmanager
+def _no_empty_folder(folder: Path) -> Iterator[None]:
+    """Remove the empty folder that a Trainer makes, if it comes to nothing."""
+    before = folder.exists()
+    try:
+        yield
+    except BaseException:
+        if not before and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
+
+
+def _check_samples(folder: Path, sites: Sites) -> None:
+    """Raise `DecafError` if a run that is resumed would go on with other samples."""
+    try:
+        before = json.loads((folder / "partition.json").read_text(encoding="utf-8"))["digests"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # damaged, or of an older version: then nobody can tell
+    for name, digest in sites.digests.items():
+        if before.get(name, digest) != digest:
+            raise DecafError(f"{folder} was started with other samples ({name}); resume it with the same data")
 
 
 @contextlib.contextmanager
@@ -194,27 +221,38 @@ def build_trainer(recipe: Recipe, sites: Sites, processes: Processes) -> Decentr
         return encode(sites.train), encode(sites.held_out[recipe.evaluation.split])
 
     train, held_out = exchange.together(processes, encode_all)
-    return DecentralizedTrainer(
-        model=task.model,
-        args=config_of(recipe),
-        peft_config=exchange.together(processes, lambda: lora_config(recipe, task.model)),
-        train_dataset=train,
-        eval_dataset=held_out,
-        data_collator=task.collate,
-        processing_class=task.processor,
-        compute_metrics=lambda prediction: scores(task.outcomes(prediction), recipe.evaluation.metrics),
-        preprocess_logits_for_metrics=task.reduce,
-        augment=task.augment,
-    )
+    config = exchange.together(processes, lambda: lora_config(recipe, task.model))
+    with _of_training():
+        return DecentralizedTrainer(
+            model=task.model,
+            args=config_of(recipe),
+            peft_config=config,
+            train_dataset=train,
+            eval_dataset=held_out,
+            data_collator=task.collate,
+            processing_class=task.processor,
+            compute_metrics=lambda prediction: scores(task.outcomes(prediction), recipe.evaluation.metrics),
+            preprocess_logits_for_metrics=task.reduce,
+            augment=task.augment,
+        )
 
 
 def _try_out(trainer: DecentralizedTrainer) -> None:
     """What would otherwise fail in the first step, when the run folder is already there."""
     trainer.choose_hosting()
+    with _of_training():
+        trainer.create_optimizer_and_scheduler(trainer.args.max_steps)
+
+
+@contextlib.contextmanager
+def _of_training() -> Iterator[None]:
+    """What transformers refuses of the section `training`, in whatever way, is one line."""
     try:
-        trainer.create_optimizer()
-    except (ValueError, ImportError, RuntimeError, TypeError) as error:
-        raise DecafError(f"training: {' '.join(str(error).split())}") from error
+        yield
+    except DecafError:
+        raise
+    except (ValueError, ImportError, RuntimeError, TypeError, KeyError, OSError, AttributeError) as error:
+        raise DecafError(f"training: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 
 def config_of(recipe: Recipe) -> DecentralizedConfig:
@@ -282,7 +320,8 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -
         raise DecafError("--resume and --overwrite exclude each other")
     if resume:
         if not checkpoint.checkpoints(folder):
-            raise DecafError(f"no checkpoint to resume from in {folder}/checkpoints; start without --resume")
+            advice = "start anew with --overwrite" if folder.exists() else "start without --resume"
+            raise DecafError(f"no checkpoint to resume from in {folder}/checkpoints; {advice}")
         before = read_recipe(folder / "recipe.yaml")
         may_differ = {"hub", "output_dir"}
         changed = _first_difference(before.model_dump(exclude=may_differ), recipe.model_dump(exclude=may_differ))
@@ -299,7 +338,11 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -
 
 def check_writable(folder: Path, *, option: str = "output_dir") -> None:
     """Raise `DecafError` if the folder, or the nearest that exists above it, cannot be written."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except (OSError, ValueError) as error:  # a name that is too long, or holds a zero byte
+        reason = getattr(error, "strerror", None) or error
+        raise DecafError(f"{option} {str(folder)[:80]!r}: {reason}; choose another") from None
     if not there.is_dir() or not os.access(there, os.W_OK):
         why = "cannot be written" if there.is_dir() else "is no folder"
         raise DecafError(f"{option} {str(folder)!r}: {there} {why}; choose another")

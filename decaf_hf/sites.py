@@ -4,14 +4,14 @@ A process keeps the samples of the agents it hosts and no others. With `{agent}`
 the others' files.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from datasets import Dataset
 
 from . import exchange
 from .algorithms import ALGORITHMS
-from .data import agent_source, encode_labels, hold_out, label_names, load_source
+from .data import agent_source, encode_labels, fingerprint, hold_out, label_names, load_source
 from .errors import DecafError
 from .exchange import Processes
 from .partition import label_table, partition
@@ -29,6 +29,7 @@ class Sites:
     table: np.ndarray  # (agents, labels) training samples; (agents, 1) where they have no classes
     samples: str = "texts"  # what the samples are called
     test_source: str | None = None  # where the test set is from, if it was not taken off the agents' data
+    digests: dict[str, str] = field(default_factory=dict)  # of each agent's training samples and of what is held out
 
     @property
     def columns(self) -> list[str]:
@@ -182,8 +183,15 @@ def _with_table(sites: Sites, processes: Processes, hosted: range) -> Sites:
         table = label_table([np.asarray(sites.train[agent]["labels"]) for agent in hosted], len(sites.labels))
     else:
         table = np.array([[len(sites.train[agent])] for agent in hosted])
-    everyone = exchange.gather_objects(processes, table)
-    sites.table = np.concatenate(everyone)[: len(sites.train)]
+    own = {f"agent {agent}": fingerprint(sites.train[agent]) for agent in hosted}
+    for part, data in sites.held_out.items():
+        if isinstance(data, list):
+            own |= {f"{part} set of agent {a}": fingerprint(rows) for a, rows in enumerate(data) if rows is not None}
+        else:
+            own[f"{part} set"] = fingerprint(data)
+    everyone = exchange.gather_objects(processes, (table, own))
+    sites.table = np.concatenate([counts for counts, _ in everyone])[: len(sites.train)]
+    sites.digests = dict(sorted(entry for _, digests in everyone for entry in digests.items()))
     return sites
 
 

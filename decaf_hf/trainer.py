@@ -502,6 +502,8 @@ class DecentralizedMixin:
 
     def _check_undamaged(self, path: Path) -> None:
         problem = checkpoint.damage(path) if self.processes.is_main else None
+        if problem is None and checkpoint.base_digest(path) != self.base_digest:
+            problem = "its adapters are of another base model; load the weights that the run was started with"
         if problem is not None:
             raise DecafError(f"{path} cannot be resumed from: {problem}")
 
@@ -579,6 +581,7 @@ class DecentralizedMixin:
             losses={agent: losses[:, index] for index, agent in enumerate(self.agents)},
             progress=self.rounds.progress_so_far(),
             metrics=self.rounds.metrics,
+            base_model_digest=self.base_digest,
         )
         self.rounds.count_checkpoint(time.perf_counter() - started, written)
         if self.processes.is_main:

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from decaf_hf import DecentralizedConfig, DecentralizedTrainer, checkpoint, exchange
 from decaf_hf.errors import DecafError
@@ -330,6 +330,65 @@ def test_a_damaged_checkpoint_is_named(folder):
     damaged.write_bytes(damaged.read_bytes()[:50])
     code, _, err = command("train", "recipe.yaml", "algorithm.rounds=1", "--resume")
     one_line(code, err, "agent-1.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["training.dataloader_drop_last=true"], "dataloader_drop_last is not supported: every held-out sample"),
+        (["training.bf16_full_eval=true"], "bf16_full_eval is not supported"),
+        (["training.per_device_eval_batch_size=0"], "per_device_eval_batch_size must be at least 1"),
+        (["training.eval_accumulation_steps=0"], "eval_accumulation_steps must be at least 1"),
+        (["training.dataloader_num_workers=-1"], "dataloader_num_workers must be at least 0"),
+        (["training.learning_rate=-1"], "learning_rate must be at least 0"),
+        (["training.weight_decay=-1"], "weight_decay must be at least 0"),
+        (["training.label_smoothing_factor=2"], "label_smoothing_factor is 2"),
+        (["training.lr_scheduler_type=polynomial", "training.lr_scheduler_kwargs={lr_end: 1}"], "training: lr_end (1"),
+        (["training.lr_scheduler_type=warmup_stable_decay"], "training: "),
+        (["training.report_to=nonsense"], "training: nonsense is not supported"),
+        (["training.dataloader_persistent_workers=true"], "dataloader_persistent_workers needs workers"),
+        (["training.adam_beta1=2"], "training: Invalid beta parameter"),
+        (["lora.lora_alpha=0"], "lora.lora_alpha makes the scaling of layer"),
+        (["lora.lora_dropout=1"], "lora.lora_dropout is 1"),
+        (["lora.modules_to_save=[clasifier]"], "which the model lacks; did you mean 'classifier'"),
+        (["lora.rank_pattern={nope: 3}"], "lora.rank_pattern names 'nope', which matches no layer"),
+        (["lora.rank_pattern={query: x}"], "the LoRA configuration cannot be used"),
+        (["output_dir=" + 400 * "x"], "output_dir 'xxx"),
+        (["network.gossip_steps=99999"], "network.gossip_steps"),
+        (["algorithm.rounds=99999999999"], "algorithm.rounds"),
+        (["network.timeout_seconds=0"], "network.timeout_seconds"),
+        (["network.link_failure=1"], "network.link_failure"),
+        (["data.augment.crop=[0.5]"], "too short; 2 values are needed"),
+        (["--resume"], "no checkpoint to resume from in"),
+        (["--max-restarts", "2"], "--max-restarts 2"),
+    ],
+)
+def test_a_value_that_cannot_be_is_one_line_and_leaves_nothing(folder, words, told):
+    before = tree(folder)
+    code, _, err = command("train", "recipe.yaml", *words)
+    one_line(code, err, told)
+    assert tree(folder) == before
+
+
+def test_a_recipe_nested_without_end_is_one_line(folder):
+    (folder / "deep.yaml").write_text("a: " + "[" * 3000, encoding="utf-8")
+    code, _, err = command("train", "deep.yaml")
+    one_line(code, err, "deep.yaml: nested too deep")
+
+
+@pytest.mark.parametrize("changed", ["texts", "base model"])
+def test_another_base_or_other_samples_are_no_resume(folder, changed):
+    assert command("train", "recipe.yaml")[0] == 0
+    if changed == "texts":
+        next((folder / "texts" / "art").iterdir()).write_text("the old museum", encoding="utf-8")
+        told = "was started with other samples"
+    else:
+        tensors = load_file(folder / "model" / "model.safetensors")
+        tensors["bert.embeddings.word_embeddings.weight"][3, 3] += 1e-3
+        save_file(tensors, folder / "model" / "model.safetensors", metadata={"format": "pt"})
+        told = "its adapters are of another base model"
+    code, _, err = command("train", "recipe.yaml", "--resume")
+    one_line(code, err, told)
 
 
 def test_together_hands_on_what_is_refused():

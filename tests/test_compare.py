@@ -383,6 +383,89 @@ def test_exit_code_is_1_if_an_arm_lacks_a_seed_or_a_setting_by_accident(recipe, 
     assert ("decaf", 4, 1000) in [(r.algorithm.name, r.lora.r, r.seed) for r in runs]
 
 
+def test_only_folders_of_runs_are_replaced(recipe, runs, tmp_path):
+    """Somebody's own files where a run would be made are refused before anything runs."""
+    mine = tmp_path / "out" / "runs" / "decaf" / "seed-0" / "thesis.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("years of work", encoding="utf-8")
+    words = ["compare", recipe, "--algorithms", "decaf", "--seeds", "0,1", "--output", tmp_path / "out"]
+    code, _, err = command(*words)
+    assert (code, runs) == (2, [])
+    assert "seed-0 is no run folder (no recipe.yaml); move it" in err
+    assert mine.read_text(encoding="utf-8") == "years of work"
+
+
+def test_a_value_with_slashes_stays_inside_the_output(recipe, runs, tmp_path):
+    out = tmp_path / "a" / "b" / "out"
+    (tmp_path / "a" / "data").mkdir(parents=True)
+    grid = f"model.name_or_path=../../../../../data,{recipe.parent / 'model'}"
+    compared(recipe, out, algorithms=["decaf"], grid=[grid], seeds=[0])
+    assert len(list((out / "tuning" / "decaf").iterdir())) == 2
+    assert list((tmp_path / "a").iterdir()) != []
+    assert (tmp_path / "a" / "data").is_dir()
+    names = [run.run_folder.name for run in runs if run.evaluation.split == "validation"]
+    assert names[0] == "model.name_or_path=..%2F..%2F..%2F..%2F..%2Fdata"
+
+
+def test_a_long_setting_has_a_name_of_its_own(recipe, runs, tmp_path):
+    grid = [f"model.name_or_path=/{'x' * 300}/a,/{'x' * 300}/b"]
+    compared(recipe, tmp_path / "out", algorithms=["decaf"], grid=grid, seeds=[0])
+    names = {path.name for path in (tmp_path / "out" / "tuning" / "decaf").iterdir()}
+    assert len(names) == 2
+    assert all(len(name) < 220 for name in names)
+
+
+@pytest.mark.parametrize("axis", ["hub.repo_id=a/b", "evaluation.metrics=[f1],[accuracy]", "name=a,b"])
+def test_what_changes_no_learning_is_no_setting(recipe, runs, tmp_path, axis):
+    words = ["compare", recipe, "--algorithms", "decaf", "--grid", axis, "--output", tmp_path / "out"]
+    code, _, err = command(*words)
+    assert (code, runs) == (2, [])
+    assert "settings are compared by what they learn" in err
+
+
+@pytest.mark.parametrize("content", ["", "{", "null", "[]"])
+def test_a_damaged_summary_is_made_again_and_a_damaged_failure_forgotten(recipe, runs, tmp_path, content):
+    usual = {"algorithms": ["decaf"], "seeds": [0, 1]}
+    first = compared(recipe, tmp_path / "out", **usual)
+    folder = tmp_path / "out" / "runs" / "decaf"
+    (folder / "seed-0" / "summary.json").write_text(content, encoding="utf-8")
+    (folder / "seed-1" / "failure.json").write_text(content, encoding="utf-8")
+    runs.clear()
+    assert compared(recipe, tmp_path / "out", **usual)["arms"] == first["arms"]
+    assert [run.seed for run in runs] == [0]
+
+
+def test_a_run_that_failed_after_its_summary_is_not_finished(recipe, runs, tmp_path, monkeypatch):
+    fake = decaf_hf.run.run
+
+    def late(recipe, **options):
+        fake(recipe, **options)
+        raise DecafError("the report")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(decaf_hf.run, "run", late)
+        assert compared(recipe, tmp_path / "out", algorithms=["decaf"], seeds=[0])["arms"][0]["failed"]
+    assert compared(recipe, tmp_path / "out", algorithms=["decaf"], seeds=[0])["arms"][0]["failed"]
+    options = {"algorithms": ["decaf"], "seeds": [0], "retry_failed": True}
+    assert not compared(recipe, tmp_path / "out", **options)["arms"][0]["failed"]
+
+
+@pytest.mark.parametrize("what", ["data", "base model"])
+def test_runs_of_other_material_are_not_compared(recipe, runs, tmp_path, what):
+    compared(recipe, tmp_path / "out", algorithms=["dlora", "decaf"], seeds=[0])
+    for number, name in enumerate(("dlora", "decaf")):
+        folder = tmp_path / "out" / "runs" / name / "seed-0"
+        if what == "data":
+            (folder / "partition.json").write_text(json.dumps({"digests": {"agent 0": str(number)}}), encoding="utf-8")
+        else:
+            summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+            (folder / "summary.json").write_text(
+                json.dumps({**summary, "base_model_digest": number}), encoding="utf-8"
+            )
+    with pytest.raises(DecafError, match=f"were not made with the same {what}; remove"):
+        compared(recipe, tmp_path / "out", algorithms=["dlora", "decaf"], seeds=[0])
+
+
 # ---- the direction of a metric
 
 
