@@ -38,8 +38,7 @@ def tables() -> dict[str, str]:
     texts |= {"arms": arms(), "offline": offline()}
     metric, seeds = comparison["metric"], comparison["seeds"]
     differences = paired_differences(comparison["arms"], metric, "decaf")
-    shown = [entry for entry in differences if entry["algorithm"] in ("local", "dlora", "dlora-fa")]
-    texts["paired"] = paired_table(shown, metric, seeds, "decaf")
+    texts["paired"] = paired_table(differences, metric, seeds, "decaf")
     lowrank = json.loads((RESULTS / "lowrank.json").read_text())
     texts["lowrank"] = f"{markdown(lowrank['rows'], COLUMNS)}\n\n{where(lowrank)}\n"
     hosting = json.loads((RESULTS / "hosting.json").read_text())

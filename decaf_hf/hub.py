@@ -96,6 +96,8 @@ def local_folder(run_or_repo: str) -> Path:
         raise DecafError(f"{run_or_repo!r} is neither a run folder nor a repository USER/NAME") from None
     except OfflineModeIsEnabled:
         raise DecafError(f"no run folder {run_or_repo!r}, and HF_HUB_OFFLINE is set") from None
+    except PublishingError as error:
+        raise DecafError(f"{run_or_repo!r} is no folder here, and as a repository of the Hub: {error}") from None
 
 
 def _full_name(api: HfApi, repo_id: str) -> str:

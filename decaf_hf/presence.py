@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 
-import torch.distributed as dist
+import torch
 
 from .errors import DecafError
 
@@ -31,7 +31,7 @@ class LostProcessError(DecafError):
 class Presence:
     """This process's sign of life, and its view of the others'."""
 
-    def __init__(self, store: dist.Store, index: int, count: int, timeout_seconds: float):
+    def __init__(self, store: torch.distributed.Store, index: int, count: int, timeout_seconds: float):
         self.store, self.index, self.count, self.patience = store, index, count, timeout_seconds
         self._meetings = 0
         self._seen: dict[int, tuple[bytes, float]] = {}  # the others' last sign, and when it was new

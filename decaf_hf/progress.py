@@ -22,13 +22,14 @@ class Progress:
             if name is not None:
                 mean = line["eval"]["agents_mean"][name]
                 self.accuracy = f", {name} {scores[name]:.3f} (agents' mean {mean:.3f})"
-        text = f"loss {line['loss']:.3f}, consensus distance {line['consensus_distance']:.3f}{self.accuracy}"
-        if self.bar is not None:
-            self.bar.set_postfix_str(text, refresh=False)
+        text = f"loss {line['loss']:.3f}, consensus distance {line['consensus_distance']:.3f}"
+        if self.bar is not None:  # there the score of the last evaluation stays in sight
+            self.bar.set_postfix_str(text + self.accuracy, refresh=False)
             self.bar.update(1)
         elif line["round"] % self.every == 0 or "eval" in line:
             seconds = line["train_seconds"] + line["mix_seconds"]
-            print(f"round {line['round']}/{self.rounds}: {text}, {seconds:.1f} s", flush=True)
+            measured = self.accuracy if "eval" in line else ""
+            print(f"round {line['round']}/{self.rounds}: {text}{measured}, {seconds:.1f} s", flush=True)
 
     def close(self) -> None:
         """Remove the bar."""

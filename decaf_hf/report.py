@@ -193,6 +193,9 @@ def _read_runs(folders: list[Path]) -> list[_Run]:
     for index, folder in enumerate(resolved):
         if folder in resolved[:index]:
             raise DecafError(f"{folders[index]}: named twice; name each run folder once")
+    for folder in folders:
+        if not folder.is_dir():
+            raise DecafError(f"no run folder {str(folder)!r}")
     recipes = [read_recipe(folder / "recipe.yaml") for folder in folders]
     names = [recipes[0].name] if len(folders) == 1 else _names(resolved)
     return [_read_run(*run) for run in zip(folders, names, recipes, strict=True)]

@@ -58,8 +58,8 @@ def refused(lines: list[dict]) -> dict[str, dict[str, float]]:
 
 
 def summarize(trainer: "DecentralizedMixin") -> dict[str, Any]:
-    """The contents of `summary.json`; payload_mib is what one agent sent in all rounds, seconds are process 0's, edges
-    are the first hop's, spectral_gap is a hop's."""
+    """The contents of `summary.json`; payload_mib is what an agent sent in all rounds, the mean over them, seconds are
+    process 0's, edges are the first hop's, spectral_gap is a hop's."""
     args = trainer.args
     lines = read_metrics(Path(args.output_dir) / "metrics.jsonl")
     return {
