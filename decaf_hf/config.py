@@ -130,8 +130,10 @@ class DecentralizedConfig(TrainingArguments):
             raise DecafError(f"num_agents must be at least 1, got {self.num_agents}")
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and (value < least or (isinstance(value, int) and value >= 2**31)):
-                raise DecafError(f"{name} must be at least {least} and below 2^31, got {value}")
+            if value is not None and value < least:
+                raise DecafError(f"{name} must be at least {least}, got {value}")
+            if isinstance(value, int) and value >= 2**31:
+                raise DecafError(f"{name} must be below 2^31, got {value}")
         if self.dataloader_persistent_workers and not self.dataloader_num_workers:
             raise DecafError("dataloader_persistent_workers needs workers; set dataloader_num_workers to 1 or more")
         if not 0 <= self.label_smoothing_factor < 1:

@@ -211,7 +211,7 @@ def _load_text_folders(
 ) -> Dataset:
     """Read one text per file."""
     if len(columns) != 1:
-        named = ", ".join(columns) or "no column"
+        named = f"the columns {', '.join(columns)}" if columns else "no column"
         raise DecafError(f"{source!r} has one text per file, but data.prompt names {named}")
     rows = _files_by_folder(source, folder)
     texts = [_decode(path, encoding, encoding_errors) for path, _ in rows]

@@ -793,6 +793,8 @@ def _load(path: str | Path) -> dict[Any, Any]:
         raise DecafError(f"{path}: {_yaml_problem(error)}") from None
     except RecursionError:
         raise DecafError(f"{path}: nested too deep; a recipe is sections of keys") from None
+    except DecafError:
+        raise
     except (OmegaConfBaseException, ValueError) as error:
         raise DecafError(f"{path}: {_first_line(error)}") from None
 

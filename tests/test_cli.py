@@ -321,10 +321,16 @@ def test_schema(tmp_path, monkeypatch):
 @pytest.mark.parametrize("style", [["--processes", "2"], ["--processes=2"]])
 def test_processes_are_started_with_the_other_words(tmp_path, monkeypatch, style):
     started = []
-    monkeypatch.setattr(launch, "start_processes", lambda count, words: (started.append((count, words)), 7)[1])
+
+    def start(count, words, *, max_restarts):
+        started.append((count, words, max_restarts))
+        return 7
+
+    monkeypatch.setattr(launch, "start_processes", start)
     path = str(write_recipe(tmp_path))
     assert command("train", *style, path, "seed=1", "--overwrite")[0] == 7
-    assert started == [(2, ["train", path, "seed=1", "--overwrite"])]
+    assert command("train", *style, "--max-restarts", "3", path)[0] == 7
+    assert started == [(2, ["train", path, "seed=1", "--overwrite"], 0), (2, ["train", path], 3)]
 
 
 class FakeProcess:
