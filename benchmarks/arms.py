@@ -48,8 +48,8 @@ COMPARISONS = {
     "quickstart-iid": Comparison("text, IID", QUICKSTART, "1e-3,2e-3,4e-3,8e-3,1.6e-2,3.2e-2", IID),
     "digits": Comparison("image-text, skewed", DIGITS, "1.25e-3,2.5e-3,5e-3,1e-2,2e-2"),
     "digits-iid": Comparison("image-text, IID", DIGITS, "1.25e-3,2.5e-3,5e-3,1e-2,2e-2,4e-2", IID),
-    "smollm2": Comparison("causal LM, skewed", SMOLLM2, "1e-3,2e-3,4e-3", **FEW),
-    "smollm2-iid": Comparison("causal LM, IID", SMOLLM2, "1e-3,2e-3,4e-3", IID, **FEW),
+    "smollm2": Comparison("causal LM, skewed", SMOLLM2, "5e-4,1e-3,2e-3,4e-3,8e-3", **FEW),
+    "smollm2-iid": Comparison("causal LM, IID", SMOLLM2, "5e-4,1e-3,2e-3,4e-3,8e-3", IID, **FEW),
 }
 
 
