@@ -235,6 +235,8 @@ def _judged(record: Record, agent: int | None = None) -> dict[str, dict[str, flo
     for scores in (record.evaluation, record.summary["eval"]):
         if scores is not None:
             own = scores["consensus"] if agent is None else scores["agents"][agent]
+            if own is None:  # it left before the end
+                return None
             return {name: value if isinstance(value, dict) else {"value": value} for name, value in own.items()}
     return None
 

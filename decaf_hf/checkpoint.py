@@ -12,9 +12,11 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypedDict
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load as from_bytes
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
@@ -29,6 +31,26 @@ from .files import publish_folder, write_bytes
 STATE_NAME = "trainer_state.json"  # where Trainer.train looks for the step to resume at
 CHECKSUMS = "checksums.json"
 METRICS = "metrics.jsonl"
+
+
+class Gone(TypedDict):
+    """Agents that left with a process, and the round they were last seen in."""
+
+    process: str
+    agents: list[int]
+    round: int
+
+
+class Placement(TypedDict):
+    """The agents of each process by the process's name (launch.py), and those that are gone."""
+
+    processes: list[tuple[str, list[int]]]
+    gone: list[Gone]
+
+
+def agent_file(agent: int) -> str:
+    """The name of an agent's file in a checkpoint."""
+    return f"agent-{agent}.safetensors"
 
 
 def folder(output_dir: str | Path, step: int) -> Path:
@@ -95,11 +117,14 @@ def save(
     progress: Mapping[str, float],
     metrics: Path,
     base_model_digest: str,
+    placement: Placement,
+    gone: Mapping[int, bytes],
 ) -> int:
     """Write a checkpoint, visible only when complete: each process its agents, process 0 the rest. Returns the bytes.
 
     `losses` are each agent's since the last round (empty at a round), `progress` numbers to go on counting from,
-    `metrics` the file of the rounds so far, `base_model_digest` tells the frozen weights.
+    `metrics` the file of the rounds so far, `base_model_digest` tells the frozen weights, `placement` who hosts whom;
+    `gone` are the files of agents that are hosted nowhere, as they were when they left.
     """
     new = folder.with_name(f".{folder.name}.new")
     if processes.is_main:
@@ -117,13 +142,15 @@ def save(
                 else:
                     scalars[f"{key}.{name}"] = value
         content = to_bytes(tensors, metadata={"scalars": json.dumps(scalars)})
-        written.update(_write(new / f"agent-{agent}.safetensors", content))
+        written.update(_write(new / agent_file(agent), content))
     everyone = exchange.gather_objects(processes, written)
     if processes.is_main:
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         training = {"param_groups": groups, "scheduler": scheduler.state_dict(), "progress": dict(progress)}
-        training["base_model_digest"] = base_model_digest
+        training |= {"base_model_digest": base_model_digest, "placement": placement}
         files = {name: entry for part in everyone for name, entry in part.items()}
+        for agent, content in gone.items():
+            files |= _write(new / agent_file(agent), content)
         files |= _write(new / "training.json", json.dumps(training, default=_plain).encode())
         files |= _write(new / METRICS, metrics.read_bytes() if metrics.exists() else b"")
         trainer_state.save_to_json(str(new / STATE_NAME))
@@ -138,7 +165,7 @@ def save(
 def load_adapters(folder: Path, parameters: Mapping[int, Mapping[str, nn.Parameter]]) -> None:
     """Put the hosted agents' adapters back."""
     for agent, own in parameters.items():
-        tensors = _read(folder / f"agent-{agent}.safetensors")
+        tensors = _read(folder / agent_file(agent))
         with torch.no_grad():
             for name, parameter in own.items():
                 saved = tensors.get(f"adapter.{name}")
@@ -152,14 +179,24 @@ def load_adapters(folder: Path, parameters: Mapping[int, Mapping[str, nn.Paramet
 
 def base_digest(folder: Path) -> str:
     """The digest of the base model that a checkpoint's adapters belong to."""
-    return json.loads((folder / "training.json").read_text(encoding="utf-8"))["base_model_digest"]
+    return _training(folder)["base_model_digest"]
+
+
+def placement(folder: Path) -> Placement:
+    """Who hosted whom when a checkpoint was written, and who was gone."""
+    return _training(folder)["placement"]
+
+
+def adapter_of(content: bytes) -> dict[str, Tensor]:
+    """The adapter in an agent's file."""
+    return {name.removeprefix("adapter."): t for name, t in from_bytes(content).items() if name.startswith("adapter.")}
 
 
 def load_progress(folder: Path, agents: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
     """The agents' losses since the last round, shape (micro-batches, agents), and the numbers to count on from."""
-    training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-    losses = [_read(folder / f"agent-{agent}.safetensors")["losses"] for agent in agents]
-    return torch.stack(losses, dim=-1), training["progress"]
+    losses = [_read(folder / agent_file(agent))["losses"] for agent in agents]
+    shortest = min(map(len, losses))  # an agent that has come back was elsewhere in its round
+    return torch.stack([own[len(own) - shortest :] for own in losses], dim=-1), _training(folder)["progress"]
 
 
 def load_training(
@@ -169,12 +206,12 @@ def load_training(
     scheduler: torch.optim.lr_scheduler.LRScheduler,
 ) -> None:
     """Put the hosted agents' optimizer state and the scheduler back."""
-    training = json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    training = _training(folder)
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     index_of = {parameter: index for index, parameter in enumerate(order)}
     state: dict[int, dict] = {}
     for agent, own in parameters.items():
-        path = folder / f"agent-{agent}.safetensors"
+        path = folder / agent_file(agent)
         values = {**_read(path), **{f"optimizer.{k}": v for k, v in _scalars(path).items()}}
         for full_name, value in values.items():
             if full_name.startswith("optimizer."):
@@ -191,6 +228,10 @@ def load_training(
             if isinstance(value, Tensor) and own[key].dtype != value.dtype:
                 own[key] = value.to(own[key].device)
     scheduler.load_state_dict(training["scheduler"])
+
+
+def _training(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "training.json").read_text(encoding="utf-8"))
 
 
 def _read(path: Path) -> dict[str, Tensor]:

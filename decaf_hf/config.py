@@ -72,6 +72,13 @@ class DecentralizedConfig(TrainingArguments):
             "may take. A slow process that lives is waited for. The first DecentralizedConfig of a process counts."
         },
     )
+    on_lost_agent: str = field(
+        default="move",
+        metadata={
+            "help": "What a restart with fewer processes does with the agents of those that stay away: move lets the "
+            "others host them, continue goes on without them."
+        },
+    )
     robust: str = field(
         default="none",
         metadata={
@@ -147,6 +154,7 @@ class DecentralizedConfig(TrainingArguments):
                 raise DecafError(f"{name} is {getattr(self, name)}; a probability from 0 to below 1 is needed")
         require_one_of("algorithm", self.algorithm, ALGORITHMS)
         require_one_of("robust", self.robust, ROBUST)
+        require_one_of("on_lost_agent", self.on_lost_agent, ("move", "continue"))
         require_one_of("split", self.split, SPLITS)
         require_one_of("optimizer_state", self.optimizer_state, STATES)
         self._check_ranks()

@@ -8,7 +8,7 @@ import contextlib
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -36,12 +36,17 @@ class Processes:
     index: int = 0
     count: int = 1
     local_count: int = 1
+    local_index: int = 0
+    blocks: tuple[tuple[int, ...], ...] | None = None  # the agents of each process, where some agents are gone
 
-    def agents(self, num_agents: int, index: int | None = None) -> range:
-        """The contiguous block of agents hosted by a process (this one by default); blocks differ by at most one.
+    def agents(self, num_agents: int, index: int | None = None) -> Sequence[int]:
+        """The contiguous block of agents hosted by a process (this one by default); blocks differ by at most one,
+        unless they have been placed (`place`).
 
         Raises `DecafError` for fewer agents than processes.
         """
+        if self.blocks is not None and num_agents > 1:
+            return self.blocks[self.index if index is None else index]
         if num_agents < self.count:
             raise DecafError(
                 f"{self.count} processes for {num_agents} agent{'s' * (num_agents != 1)}; "
@@ -52,9 +57,9 @@ class Processes:
         start = index * share + min(index, extra)
         return range(start, start + share + (index < extra))
 
-    def host(self, agent: int, num_agents: int) -> int:
-        """The process that hosts an agent."""
-        return next(index for index in range(self.count) if agent in self.agents(num_agents, index))
+    def host(self, agent: int, num_agents: int) -> int | None:
+        """The process that hosts an agent; None if the agent is gone."""
+        return next((index for index in range(self.count) if agent in self.agents(num_agents, index)), None)
 
     @property
     def is_main(self) -> bool:
@@ -102,7 +107,14 @@ def join(
         _presence = Presence(dist.PrefixStore(f"decaf/{token[0]}", store), index, count, timeout_seconds)
     for variable in _LAUNCHER_VARIABLES:
         os.environ.pop(variable, None)
-    _joined = Processes(index, count, local_count)
+    _joined = Processes(index, count, local_count, local_index)
+    return _joined
+
+
+def place(blocks: Sequence[Sequence[int]]) -> Processes:
+    """Let each process host these agents; agents in no block are gone. Returns what `join` returns from now on."""
+    global _joined
+    _joined = replace(join(), blocks=tuple(tuple(block) for block in blocks))
     return _joined
 
 
@@ -183,6 +195,8 @@ def exchange(
     buffers = dict(own)
     operations = []
     for agent in range(num_agents):  # the same order on both sides: nccl pairs messages by order, not by tag
+        if host[agent] is None:
+            continue
         targets = sorted({host[neighbor] for neighbor in neighbors[agent]} - {host[agent]})
         if host[agent] == processes.index:
             outgoing = _to_wire(own[agent])
@@ -209,6 +223,8 @@ def gather(
     operations = []
     for agent in range(num_agents):
         source = processes.host(agent, num_agents)
+        if source is None:
+            continue
         if source == processes.index:
             outgoing = _to_wire(own[agent])
             operations += [dist.P2POp(dist.isend, outgoing, r, tag=agent) for r in readers if r != source]
@@ -219,7 +235,7 @@ def gather(
     if processes.index not in readers:
         return {}
     device = next(iter(own.values())).device
-    return {agent: buffers[agent].to(device) for agent in range(num_agents)}
+    return {agent: buffers[agent].to(device) for agent in sorted(buffers)}
 
 
 def pack(tensors: Sequence[Tensor]) -> Tensor:

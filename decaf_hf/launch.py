@@ -5,6 +5,7 @@ import platform
 import sys
 import threading
 import uuid
+from collections.abc import Sequence
 
 import psutil
 import torch
@@ -49,6 +50,31 @@ def start_processes(count: int, arguments: list[str], *, max_restarts: int = 0) 
     return 0
 
 
+def launcher_id() -> str:
+    """Which launcher, on which machine, started this process."""
+    parent = psutil.Process(os.getppid())
+    return f"{platform.node()}:{parent.pid}:{parent.create_time()}"
+
+
+def assign(before: Sequence[tuple[str, Sequence[int]]], now: Sequence[str]) -> list[list[int]]:
+    """The agents that each process hosts after a restart: those it had, or those of one that has not come back.
+
+    `before` lists name and agents of the processes of earlier starts, `now` the names of today's. Agents of processes
+    that stay away are in no block. Raises `DecafError` if there are more processes than before.
+    """
+    own = dict(before)
+    free = [agents for name, agents in before if name not in now]
+    blocks = []
+    for name in now:
+        if name not in own and not free:
+            raise DecafError(
+                f"{len(now)} processes, but the run was started on {len(before)} and on_lost_agent: continue leaves "
+                f"agents where they are; start at most {len(before)}"
+            )
+        blocks.append(list(own[name] if name in own else free.pop(0)))
+    return blocks
+
+
 def launch_id() -> str | None:
     """What stays the same when the launcher starts this process again, and differs for another launch; None without
     an elastic launcher (torchrun, accelerate launch, --processes)."""
@@ -56,8 +82,7 @@ def launch_id() -> str | None:
     if name in (None, "", "none"):  # a launch of one machine that was not given one: it is the launcher that stays
         if name is None:
             return None
-        parent = psutil.Process(os.getppid())
-        return f"{platform.node()}:{parent.pid}:{parent.create_time()}"
+        return launcher_id()
     return name
 
 
@@ -112,6 +137,6 @@ def _asked_for(parents: list[psutil.Process]) -> int | None:
     return None
 
 
-def span(agents: range) -> str:
+def span(agents: Sequence[int]) -> str:
     """`agents 2-4`, or `agent 2`."""
     return f"agent {agents[0]}" if len(agents) == 1 else f"agents {agents[0]}-{agents[-1]}"

@@ -464,6 +464,11 @@ class NetworkSection(_Section):
         description="Silence after which another process is taken for gone, and the longest that sending one message "
         "may take. A slow process that lives is waited for.",
     )
+    on_lost_agent: Literal["move", "continue"] = Field(
+        "move",
+        description="What a restart by the launcher does with the agents of machines that stay away: move lets the "
+        "others host them, continue goes on without them until their machine is back.",
+    )
     robust: Literal["none", "clip", "trimmed"] = Field(
         "none",
         description="What an agent does about neighbors that pull too far: clip shortens their pull to the median "

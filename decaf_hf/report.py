@@ -22,7 +22,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_validator
 
 from .card import base_name
 from .errors import DecafError
@@ -64,6 +64,16 @@ class _Evaluation(BaseModel):
     on: str
     consensus: dict[str, float]
     agents: list[dict[str, float]] = Field(min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gone(cls, scores: Any) -> Any:
+        """Of an agent that left before, no score is known."""
+        if isinstance(scores, dict) and isinstance(scores.get("agents"), list):
+            unknown = dict.fromkeys(scores.get("consensus") or (), math.nan)
+            scores = {**scores, "agents": [unknown if own is None else own for own in scores["agents"]]}
+        return scores
+
     agents_mean: dict[str, float]
 
 
@@ -133,8 +143,11 @@ class _Run:
     @property
     def worst(self) -> dict[str, float]:
         """The worst agent's value, metric by metric."""
+        known = [scores for scores in self.summary.eval.agents if not all(map(math.isnan, scores.values()))]
         return {
-            name: (max if name in LOWER_IS_BETTER else min)(scores[name] for scores in self.summary.eval.agents)
+            name: (max if name in LOWER_IS_BETTER else min)(
+                scores[name] for scores in known or self.summary.eval.agents
+            )
             for name in self.metrics
         }
 

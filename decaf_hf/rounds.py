@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import networkx as nx
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -94,7 +95,10 @@ class Network:
         ranks = [None] * num_agents if ranks is None else ranks
         hosted = {ranks[agent]: self._layout(model, agent) for agent in self.agents}
         known = {r: layout for part in exchange.gather_objects(processes, hosted) for r, layout in part.items()}
-        self.layouts = [known[ranks[agent]] for agent in range(num_agents)]
+        self.gone = {agent for agent in range(num_agents) if processes.host(agent, num_agents) is None}
+        self._check_connected()
+        anyone = next(iter(known.values()))
+        self.layouts = [known.get(ranks[agent], anyone) for agent in range(num_agents)]
         like = self.parameters[self.agents[0]]
         stays = {a for a, _ in pair_names(like).values()} if algorithms.ALGORITHMS[algorithm].freezes_a else set()
         self.travels = [name for name in like if name not in stays]
@@ -131,10 +135,29 @@ class Network:
         """The `(N, N)` mixing matrix of each hop of a round, without the links that are down in it."""
         before = (round_index - 1) * self.gossip_steps
         whole = [self.schedule.matrix(hop) for hop in range(before + 1, before + self.gossip_steps + 1)]
-        if not self.faults:
+        if not self.faults and not self.gone:
             return whole
         down = self.faults.down(self.num_agents, round_index)
+        for agent in self.gone:
+            down[agent] = down[:, agent] = True
         return [without_links(matrix, down) for matrix in whole]
+
+    def _check_connected(self) -> None:
+        """Raise `DecafError` naming the pieces that the graph falls into without the agents that are gone."""
+        if not self.gone or algorithms.ALGORITHMS[self.algorithm].mix is None:
+            return
+        hops = self.schedule.period or 1
+        graph = nx.Graph()
+        for hop in range(1, hops + 1):
+            graph.add_edges_from((i, j) for i, others in enumerate(self.schedule.neighbors(hop)) for j in others)
+        graph.remove_nodes_from(self.gone)
+        graph.add_nodes_from(set(range(self.num_agents)) - self.gone)
+        pieces = [sorted(piece) for piece in nx.connected_components(graph)]
+        if len(pieces) > 1 and self.schedule.period is not None:
+            raise DecafError(
+                f"without agents {sorted(self.gone)} the graph {self.schedule.topology} falls into "
+                f"{' and '.join(map(str, pieces))}, which cannot reach each other; bring them back"
+            )
 
     def links_down(self, round_index: int) -> float:
         """The share of a round's links that are down in it, all hops together."""
@@ -230,7 +253,7 @@ class Network:
     def consensus(self, everyone: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """The network's mean adapter by the algorithm's own rule with equal weights."""
         mean = algorithms.consensus(self.algorithm, self._adapters(everyone), **self.options)
-        return as_tensors(mean, everyone[0])
+        return as_tensors(mean, next(iter(everyone.values())))
 
     @torch.no_grad()
     def consensus_distance(self, everyone: Mapping[int, Mapping[str, Tensor]]) -> float:

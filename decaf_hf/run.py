@@ -24,7 +24,7 @@ from .errors import DecafError
 from .exchange import Processes
 from .files import write_text
 from .hub import publish, publish_command
-from .launch import launch_id
+from .launch import assign, describe_placement, launch_id, launcher_id
 from .metrics import scores
 from .partition import print_partition
 from .publication import base_model_id
@@ -52,6 +52,8 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet:
         # Started again by its launcher: the run goes on, whatever the first start was asked to do.
         resume = exchange.gather_objects(processes, bool(checkpoint.checkpoints(folder)))[0]
         overwrite = not resume
+        if resume and recipe.network.on_lost_agent == "continue":
+            processes = _stay(processes, folder)
     exchange.together(processes, lambda: _check_folder(folder, recipe, resume, overwrite))
     if recipe.hub.repo_id is not None:
         local = Path(model_location(recipe)).is_dir()
@@ -70,6 +72,27 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet:
     if processes.is_main and recipe.hub.repo_id is not None:
         _publish(folder, recipe.hub, console)
     return trainer
+
+
+def _stay(processes: Processes, folder: Path) -> Processes:
+    """Let agents stay where they are after a restart; those of machines that stay away are gone."""
+    names = exchange.gather_objects(processes, f"{launcher_id()}:{processes.local_index}")
+
+    def blocks() -> list[list[int]] | None:
+        path, _ = checkpoint.newest(folder) if processes.is_main else (None, {})
+        if path is None:
+            return None
+        before = checkpoint.placement(path)
+        left = [(entry["process"], entry["agents"]) for entry in before["gone"]]
+        return assign([*before["processes"], *left], names)
+
+    placed = exchange.gather_objects(processes, exchange.together(processes, blocks))[0]
+    if placed is None:
+        return processes
+    processes = exchange.place(placed)
+    if processes.is_main:
+        print(f"agents stay where they were: {describe_placement(processes, sum(map(len, placed)))}", flush=True)
+    return processes
 
 
 def trial(recipe: Recipe) -> float | None:
@@ -133,7 +156,8 @@ def _train(
             "source_on_hub": is_hub_source(recipe.data.source),
             "digests": sites.digests,
         }
-        write_text(folder / "partition.json", json.dumps(partition, indent=2) + "\n")
+        if not resume:  # else it is the same, and holds what agents had that are gone
+            write_text(folder / "partition.json", json.dumps(partition, indent=2) + "\n")
     exchange.barrier(processes)
     print_partition(sites.table, sites.columns, console, sites.describe(recipe.evaluation.split))
     gap = trainer.schedule.spectral_gap
@@ -283,6 +307,7 @@ def config_of(recipe: Recipe) -> DecentralizedConfig:
         "link_failure": network.link_failure,
         "agent_absence": network.agent_absence,
         "timeout_seconds": network.timeout_seconds,
+        "on_lost_agent": network.on_lost_agent,
         "robust": network.robust,
         "hosting": network.hosting,
         "algorithm": algorithm.name,

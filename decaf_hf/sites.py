@@ -4,6 +4,7 @@ A process keeps the samples of the agents it hosts and no others. With `{agent}`
 the others' files.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -85,7 +86,7 @@ def _read_test(recipe: Recipe) -> Dataset | None:
 
 
 def _read_files(
-    recipe: Recipe, processes: Processes, hosted: range
+    recipe: Recipe, processes: Processes, hosted: Sequence[int]
 ) -> tuple[list[Dataset | None], Dataset | None, list[str]]:
     """Each hosted agent's own file. Only the names of the labels are told to the other processes."""
     data = recipe.data
@@ -107,7 +108,7 @@ def _read_files(
     return parts, exchange.together(processes, encode), labels
 
 
-def _read_and_divide(recipe: Recipe, hosted: range) -> tuple[list[Dataset | None], Dataset | None, list[str]]:
+def _read_and_divide(recipe: Recipe, hosted: Sequence[int]) -> tuple[list[Dataset | None], Dataset | None, list[str]]:
     """One source divided among the agents; with `evaluation.on: global` the held-out part is taken off first."""
     data = recipe.data
     whole, test = _load(recipe, data.source, data.split), _read_test(recipe)
@@ -178,7 +179,7 @@ def _hold_out(recipe: Recipe, parts: list[Dataset | None], test: object, labels:
     return Sites(labels, train, held_out, np.empty(0), recipe.samples)
 
 
-def _with_table(sites: Sites, processes: Processes, hosted: range) -> Sites:
+def _with_table(sites: Sites, processes: Processes, hosted: Sequence[int]) -> Sites:
     if sites.labels:
         table = label_table([np.asarray(sites.train[agent]["labels"]) for agent in hosted], len(sites.labels))
     else:
@@ -189,9 +190,11 @@ def _with_table(sites: Sites, processes: Processes, hosted: range) -> Sites:
             own |= {f"{part} set of agent {a}": fingerprint(rows) for a, rows in enumerate(data) if rows is not None}
         else:
             own[f"{part} set"] = fingerprint(data)
-    everyone = exchange.gather_objects(processes, (table, own))
-    sites.table = np.concatenate([counts for counts, _ in everyone])[: len(sites.train)]
-    sites.digests = dict(sorted(entry for _, digests in everyone for entry in digests.items()))
+    everyone = exchange.gather_objects(processes, (list(hosted), table, own))
+    sites.table = np.zeros((len(sites.train), table.shape[1]), dtype=table.dtype)  # an agent that is gone has none
+    for agents, counts, _ in everyone:
+        sites.table[agents] = counts
+    sites.digests = dict(sorted(entry for *_, digests in everyone for entry in digests.items()))
     return sites
 
 

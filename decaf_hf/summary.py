@@ -77,6 +77,7 @@ def summarize(trainer: "DecentralizedMixin") -> dict[str, Any]:
         "agent_absence": args.agent_absence,
         "robust": args.robust,
         "refused": refused(lines),
+        "gone": [{"agents": entry["agents"], "round": entry["round"]} for entry in trainer.left],
         "optimizer_state": trainer.network.optimizer_state,
         "seed": args.seed,
         "training": {name: _plain(getattr(args, name)) for name in TRAINING},

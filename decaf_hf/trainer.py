@@ -33,7 +33,7 @@ from .config import DecentralizedConfig
 from .errors import DecafError
 from .hosting import Hosting
 from .hub import publish
-from .launch import span
+from .launch import launcher_id, span
 from .metrics import LOWER_IS_BETTER
 from .mixing import Faults, MixingSchedule, complete_schedule, identity_schedule, mixing_schedule
 from .partition import partition
@@ -124,6 +124,8 @@ class DecentralizedMixin:
             faults=Faults(args.link_failure, args.agent_absence, fault_seed(args.seed)),
             robust=args.robust,
         )
+        self.left: list[checkpoint.Gone] = []  # processes that stayed away, with their agents
+        self.gone: dict[int, bytes] = {}  # the files of these agents in the checkpoint that was resumed
         self.evaluation: dict[str, Any] | None = None  # the newest one, as it stands in metrics.jsonl
         self._evaluated_step: int | None = None
         self._augment = augment
@@ -379,6 +381,8 @@ class DecentralizedMixin:
             for metric, value in judged[who].items()
         }
         for agent, metrics in enumerate(judged["agents"]):
+            if metrics is None:
+                continue
             flat.update({f"{metric_key_prefix}_agent{agent}_{metric}": value for metric, value in metrics.items()})
         # Under the plain names a Trainer user looks for, the consensus.
         flat.update({f"{metric_key_prefix}_{m}": value for m, value in judged["consensus"].items()})
@@ -396,22 +400,23 @@ class DecentralizedMixin:
             held_out = data[index] if own else data
             metrics = self._metrics(agent_name(agent), held_out, ignore_keys)
             on_own = self._metrics(CONSENSUS, held_out, ignore_keys) if own else None
-            agents.append((metrics, on_own, len(held_out)))
-        agents = [entry for part in exchange.gather_objects(self.processes, agents) for entry in part]
+            agents.append((agent, metrics, on_own, len(held_out)))
+        agents = sorted(entry for part in exchange.gather_objects(self.processes, agents) for entry in part)
         if own:
             # No one sees all the data, so the consensus is judged at every agent, each held-out sample counting once.
-            total = sum(count for _, _, count in agents)
-            names = agents[0][1]
-            consensus = {name: sum(count * metrics[name] for _, metrics, count in agents) / total for name in names}
+            total = sum(count for *_, count in agents)
+            names = agents[0][2]
+            consensus = {name: sum(count * metrics[name] for *_, metrics, count in agents) / total for name in names}
         else:
             consensus = self._metrics(CONSENSUS, data, ignore_keys) if self.processes.is_main else None
             consensus = exchange.gather_objects(self.processes, consensus)[0]
-        per_agent = [metrics for metrics, _, _ in agents]
+        per_agent = [metrics for _, metrics, *_ in agents]
+        by_number = {agent: metrics for agent, metrics, *_ in agents}
         names = list(per_agent[0])
         return {
             "on": "own" if own else "global",
             "consensus": consensus,
-            "agents": per_agent,
+            "agents": [by_number.get(agent) for agent in range(self.args.num_learners)],  # None: it is gone
             "agents_mean": {n: sum(metrics[n] for metrics in per_agent) / len(per_agent) for n in names},
             # the worst agent, whichever way is worse
             "agents_min": {n: min(metrics[n] for metrics in per_agent) for n in names if n not in LOWER_IS_BETTER},
@@ -464,6 +469,27 @@ class DecentralizedMixin:
         round_index = self.state.global_step // self.args.local_steps
         why = f"{error}{hosted}, noticed at round {round_index}; what was saved is kept, go on with --resume"
         return LostProcessError(error.gone, why)
+
+    def placement(self) -> checkpoint.Placement:
+        """Who hosts whom in this start of the run, and who is gone."""
+        names = exchange.gather_objects(self.processes, f"{launcher_id()}:{self.processes.local_index}")
+        blocks = [list(self.processes.agents(self.args.num_learners, index)) for index in range(self.processes.count)]
+        return {"processes": list(zip(names, blocks, strict=True)), "gone": self.left}
+
+    def _take_over(self, folder: Path) -> None:
+        """Note which agents are gone since when, and keep their files: they go on into every checkpoint."""
+        before = checkpoint.placement(folder)
+        step = TrainerState.load_from_json(str(folder / checkpoint.STATE_NAME)).global_step
+        known = [entry for entry in before["gone"] if set(entry["agents"]) <= self.network.gone]
+        new = [
+            {"process": name, "agents": agents, "round": step // self.args.local_steps}
+            for name, agents in before["processes"]
+            if agents and set(agents) <= self.network.gone
+        ]
+        self.left = [*known, *new]
+        self.gone = {
+            agent: (folder / checkpoint.agent_file(agent)).read_bytes() for agent in sorted(self.network.gone)
+        }
 
     def _say_stopped(self) -> None:
         """Tell where a run was stopped, by a signal or a callback, and how it goes on."""
@@ -524,11 +550,12 @@ class DecentralizedMixin:
             return
         folder = Path(output_dir or self.args.output_dir)
         config = copy.deepcopy(self.model.peft_config[CONSENSUS])
-        for agent, tensors in everyone.items():
+        left_behind = {agent: checkpoint.adapter_of(content) for agent, content in self.gone.items()}
+        for agent, tensors in {**everyone, **left_behind}.items():
             own = config if self.args.lora_ranks is None else with_rank(config, self.args.lora_ranks[agent])
             save_adapter(folder / "agents" / str(agent), tensors, own)
         for left in (folder / "agents").iterdir():  # of an earlier run with more agents
-            if left.name not in map(str, everyone):
+            if left.name not in map(str, {*everyone, *left_behind}):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         save_adapter(folder / "consensus", self.network.consensus(everyone), config)
         write_summary(folder, self)
@@ -582,6 +609,8 @@ class DecentralizedMixin:
             progress=self.rounds.progress_so_far(),
             metrics=self.rounds.metrics,
             base_model_digest=self.base_digest,
+            placement=self.placement(),
+            gone=self.gone,
         )
         self.rounds.count_checkpoint(time.perf_counter() - started, written)
         if self.processes.is_main:
@@ -598,7 +627,9 @@ class DecentralizedMixin:
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint.load_adapters(Path(resume_from_checkpoint), self.network.parameters)
-        losses, progress = checkpoint.load_progress(Path(resume_from_checkpoint), self.agents)
+        folder = Path(resume_from_checkpoint)
+        self._take_over(folder)
+        losses, progress = checkpoint.load_progress(folder, self.agents)
         self._losses = list(losses.to(self.args.device))
         self.rounds.resume(read_metrics(Path(resume_from_checkpoint) / checkpoint.METRICS), progress)
 
