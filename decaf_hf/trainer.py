@@ -481,11 +481,9 @@ class DecentralizedMixin:
         before = checkpoint.placement(folder)
         step = TrainerState.load_from_json(str(folder / checkpoint.STATE_NAME)).global_step
         known = [entry for entry in before["gone"] if set(entry["agents"]) <= self.network.gone]
-        new = [
-            {"process": name, "agents": agents, "round": step // self.args.local_steps}
-            for name, agents in before["processes"]
-            if agents and set(agents) <= self.network.gone
-        ]
+        hosted = [(name, sorted(set(agents) & self.network.gone)) for name, agents in before["processes"]]
+        round_index = step // self.args.local_steps
+        new = [{"process": name, "agents": agents, "round": round_index} for name, agents in hosted if agents]
         self.left = [*known, *new]
         self.gone = {
             agent: (folder / checkpoint.agent_file(agent)).read_bytes() for agent in sorted(self.network.gone)
