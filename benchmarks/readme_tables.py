@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import gauge
 from arms import COMPARISONS
+from chaos import COLUMNS as CHAOS_COLUMNS
 from claims import graph, interference, rank, rate, truncation
 from claims.claim import table
 from hosting import MEMORY_COLUMNS, TIME_COLUMNS
@@ -47,6 +48,8 @@ def tables() -> dict[str, str]:
     texts["hosting"] = f"{markdown(times, TIME_COLUMNS)}\n\n{markdown(memory, MEMORY_COLUMNS)}\n\n{where(hosting)}\n"
     publication = json.loads((RESULTS / "publish.json").read_text())
     texts["publish"] = f"{markdown(publication['rows'], PUBLISH_COLUMNS)}\n\n{where(publication)}\n"
+    chaos = json.loads((RESULTS / "chaos.json").read_text())
+    texts["chaos"] = f"{markdown(chaos['rows'], CHAOS_COLUMNS)}\n\n{where(chaos)}\n"
     return texts
 
 

@@ -34,12 +34,22 @@ def publish_folder(new: Path, folder: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but what a writer that was killed has left of an unfinished file or folder."""
+    return all(path.name.startswith(".") and path.name.endswith((".new", ".old")) for path in folder.iterdir())
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file in one step."""
     new = path.with_name(f".{path.name}.new")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_bytes(new, text.encode())
-    new.replace(path)
+    try:
+        write_bytes(new, text.encode())
+        new.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            new.unlink(missing_ok=True)
+        raise
     _sync(path.parent)
 
 

@@ -22,7 +22,7 @@ from .config import DecentralizedConfig
 from .data import is_hub_source
 from .errors import DecafError
 from .exchange import Processes
-from .files import write_text
+from .files import is_empty, write_text
 from .hub import publish, publish_command
 from .launch import assign, describe_placement, launch_id, launcher_id
 from .metrics import scores
@@ -353,11 +353,11 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -
         if changed:
             raise DecafError(f"{folder} was started with another {changed}; resume with the recipe in that folder")
     elif overwrite and folder.exists():
-        if not folder.is_dir() or (any(folder.iterdir()) and not (folder / "recipe.yaml").is_file()):
+        if not folder.is_dir() or not (is_empty(folder) or (folder / "recipe.yaml").is_file()):
             raise DecafError(f"{folder} is no run folder (no recipe.yaml); --overwrite replaces only those")
         if Path.cwd().resolve().is_relative_to(folder.resolve()):
             raise DecafError(f"--overwrite would remove {folder}, where the command runs; choose another output_dir")
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or not is_empty(folder)):
         raise DecafError(f"run folder {folder} exists; use --resume, --overwrite or another name")
 
 

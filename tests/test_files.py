@@ -2,7 +2,7 @@
 
 import pytest
 
-from decaf_hf.files import append_line, write_folder, write_text
+from decaf_hf.files import append_line, is_empty, write_folder, write_text
 
 from .tiny_recipe import tree
 
@@ -68,3 +68,12 @@ def test_lines_are_appended(tmp_path):
     for number in range(3):
         append_line(tmp_path / "metrics.jsonl", str(number))
     assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == "0\n1\n2\n"
+
+
+def test_what_a_killed_writer_left_is_nothing(tmp_path):
+    assert is_empty(tmp_path)
+    (tmp_path / ".recipe.yaml.new").write_text("half", encoding="utf-8")
+    (tmp_path / ".consensus.old").mkdir()
+    assert is_empty(tmp_path)
+    (tmp_path / ".bashrc").write_text("mine", encoding="utf-8")
+    assert not is_empty(tmp_path)
