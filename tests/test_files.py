@@ -62,6 +62,7 @@ def test_text_is_replaced_in_one_step(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="full"):
         write_text(path, "three\n")
     assert path.read_text(encoding="utf-8") == "zwei \N{SNOWMAN}\n"
+    assert [left.name for left in path.parent.iterdir()] == ["summary.json"]
 
 
 def test_lines_are_appended(tmp_path):
