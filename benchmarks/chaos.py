@@ -42,7 +42,7 @@ from decaf_hf.recipe import read_recipe
 from decaf_hf.rounds import Network, read_metrics
 from decaf_hf.trainer import DecentralizedTrainer
 from tests.hub_server import HubServer, point_to
-from tests.tiny_recipe import write_recipe
+from tests.tiny_recipe import outcome, write_recipe
 
 # Each moment and how often it comes in an undisturbed run.
 MOMENTS = {"training": 12, "exchange": 6, "mixing": 6, "checkpoint": 6, "evaluation": 3, "publishing": 1}
@@ -126,11 +126,11 @@ class Launch:
 
     def __init__(self, path: Path, words: list[str], count: int, kill: Kill | None = None, **how):
         Launch.number += 1
-        self.store = path.parent / f"store-{Launch.number}"
+        store = str(path.parent / f"store-{Launch.number}")
         fork = multiprocessing.get_context("fork")
         self.inside = fork.Array("i", count, lock=False)
         self.processes = [
-            fork.Process(target=process, args=(index, count, str(self.store), path, words, how, self.inside, kill))
+            fork.Process(target=process, args=(index, count, store, path, words, how, self.inside, kill))
             for index in range(count)
         ]
         for one in self.processes:
@@ -188,13 +188,9 @@ def clean(folder: Path, hub: HubServer) -> None:
 
 def result(folder: Path, hub) -> dict:
     """What must be the same: adapters, lines without their times, the Hub's files; what is left half-written."""
-    timed = ("train_seconds", "mix_seconds", "measure_seconds")
-    lines = [{k: v for k, v in line.items() if k not in timed} for line in read_metrics(folder / "metrics.jsonl")]
-    adapters = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("adapter_model.safetensors"))}
     left = [path.name for path in folder.rglob("*") if path.name.endswith((".new", ".old"))]
     on_hub = {name: hub.files("alice/tiny")[name] for name in hub.files("alice/tiny") if name.endswith(".safetensors")}
-    whole = [checkpoint.damage(path) for path in checkpoint.checkpoints(folder)]
-    return {"lines": lines, "adapters": adapters, "left": left, "hub": on_hub, "checkpoints": whole}
+    return {**outcome(folder), "left": left, "hub": on_hub}
 
 
 def chaos(kills: int, seed: int, counts: Sequence[int], timeout: float) -> Iterator[dict]:

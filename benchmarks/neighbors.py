@@ -26,7 +26,7 @@ from decaf_hf import exchange, run
 from decaf_hf.comparison import interval
 from decaf_hf.mixing import Faults
 from decaf_hf.recipe import read_recipe
-from decaf_hf.rounds import STAMP, Network
+from decaf_hf.rounds import STAMP, Network, read_metrics
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 BAD = 7
@@ -68,8 +68,7 @@ def measure(config: dict) -> dict:
         received = original(processes, own, neighbors, sizes)
         seen[0] += 1
         if config["garbage"] not in ("honest", "silent"):
-            names = [name for name in network[0].layouts[BAD].like if name in network[0].travels]
-            like = {name: network[0].layouts[BAD].like[name] for name in names}
+            like = {name: network[0].layouts[BAD].like[name] for name in network[0].travels}
             received[BAD] = spoiled(config["garbage"], received[BAD], like, seen[0])
         return received
 
@@ -97,13 +96,13 @@ def measure(config: dict) -> dict:
         with tempfile.TemporaryDirectory(prefix="decaf-") as folder:
             run.run(read_recipe(RECIPE, [*words, f"output_dir={folder}/run"]), quiet=True)
             summary = json.loads((Path(folder) / "run" / "summary.json").read_text(encoding="utf-8"))
-            lines = (Path(folder) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+            lines = read_metrics(Path(folder) / "run" / "metrics.jsonl")
     except run.DecafError as error:  # spoiled beyond use
         return {"failed": str(error)}
     finally:
         exchange.exchange, Network.mix, Faults.down = original, mix, whole
     honest = [scores["accuracy"] for agent, scores in enumerate(summary["eval"]["agents"]) if agent != BAD]
-    distance = json.loads(lines[-1])["consensus_distance"]
+    distance = lines[-1]["consensus_distance"]
     return {"accuracy": statistics.fmean(honest), "worst": min(honest), "consensus_distance": distance}
 
 

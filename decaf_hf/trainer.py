@@ -446,7 +446,6 @@ class DecentralizedMixin:
         signal takes its course: SystemExit(143) or KeyboardInterrupt.
         """
         if not resume_from_checkpoint:
-            resume_from_checkpoint = None
             exchange.together(self.processes, self._check_no_checkpoint)
         else:
             if resume_from_checkpoint is True:
@@ -455,7 +454,7 @@ class DecentralizedMixin:
             exchange.together(self.processes, lambda: self._check_checkpoint(folder))
             state = TrainerState.load_from_json(str(folder / checkpoint.STATE_NAME))
             if folder == self._undamaged:  # the newest, so that what is removed is older
-                self._rotate_checkpoints(state)
+                self._rotate_checkpoints(folder.parent, state)
             self._take_over(folder, state.global_step // self.args.local_steps)
             if state.global_step >= self.args.max_steps:
                 return self._finished(resume_from_checkpoint, state)
@@ -618,12 +617,12 @@ class DecentralizedMixin:
         )
         self.rounds.count_checkpoint(time.perf_counter() - started, written)
         if self.processes.is_main:
-            self._rotate_checkpoints(self.state)
+            self._rotate_checkpoints(folder.parent, self.state)
 
-    def _rotate_checkpoints(self, state: TrainerState) -> None:
+    def _rotate_checkpoints(self, place: Path, state: TrainerState) -> None:
         """Keep the newest `save_total_limit` and the best; done again on resume, for a kill may cut it short."""
         rotate_checkpoints(
-            output_dir=str(checkpoint.folder(self.args.output_dir, 0).parent),
+            output_dir=str(place),
             save_total_limit=self.args.save_total_limit,
             best_model_checkpoint=state.best_model_checkpoint,
         )

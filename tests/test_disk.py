@@ -11,9 +11,8 @@ import torch
 
 from decaf_hf import checkpoint, files
 from decaf_hf.cli import main
-from decaf_hf.rounds import read_metrics
 
-from .tiny_recipe import write_recipe
+from .tiny_recipe import outcome, write_recipe
 
 ERRORS = (errno.ENOSPC, errno.EIO, errno.EACCES)
 EVENTS = {"open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"}
@@ -116,17 +115,6 @@ def run(
     return os.waitstatus_to_exitcode(status), log.read_text(encoding="utf-8"), int(count) if failed == "0" else -1
 
 
-def end(folder: Path) -> dict:
-    timed = ("train_seconds", "mix_seconds", "measure_seconds")
-    lines = [{k: v for k, v in line.items() if k not in timed} for line in read_metrics(folder / "metrics.jsonl")]
-    adapters = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("adapter_model.safetensors"))}
-    return {
-        "lines": lines,
-        "adapters": adapters,
-        "whole": [checkpoint.damage(p) for p in checkpoint.checkpoints(folder)],
-    }
-
-
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     place = tmp_path_factory.mktemp("disk")
@@ -134,7 +122,7 @@ def undisturbed(tmp_path_factory):
     code, err, count = run(recipe, place / "whole", place / "log")
     assert (code, err) == (0, ""), err
     assert count > 60
-    return recipe, count, end(place / "whole")
+    return recipe, count, outcome(place / "whole")
 
 
 def survive(undisturbed, tmp_path, k, number) -> bool:
@@ -155,7 +143,7 @@ def survive(undisturbed, tmp_path, k, number) -> bool:
             word = []
         code, err, _ = run(recipe, folder, tmp_path / "log", *word)
         assert code == 0, (word, err)
-    assert end(folder) == expected
+    assert outcome(folder) == expected
     return True
 
 

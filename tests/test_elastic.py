@@ -13,7 +13,7 @@ import pytest
 
 from decaf_hf.rounds import read_metrics
 
-from .tiny_recipe import write_recipe
+from .tiny_recipe import outcome, write_recipe
 
 pytestmark = [pytest.mark.agents, pytest.mark.slow]
 PATIENCE = 240  # seconds
@@ -30,10 +30,9 @@ def recipe(folder: Path, **network) -> Path:
     )
 
 
-def start(log: Path, *words: str) -> psutil.Popen:
+def start(log: Path, *words: str, **extra: str) -> psutil.Popen:
     """A command in a session of its own, so that it can be killed with all it has started."""
-    # torch 2.13 closes the meeting point under those that come late, unless it is told to keep it
-    extra = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    extra = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", **extra}
     with open(log, "wb") as file:
         return psutil.Popen(
             [sys.executable, "-m", *words],
@@ -78,10 +77,7 @@ def test_a_killed_process_is_started_again(tmp_path):
     assert "resuming at" in log.read_text()
     undisturbed = recipe(tmp_path / "other")
     assert end([start(log, *command, str(undisturbed))], [log]) == [0], log.read_text()
-    adapters = [
-        {p.relative_to(f): p.read_bytes() for p in f.rglob("adapter_model.safetensors")}
-        for f in (run, undisturbed.parent / "run")
-    ]
+    adapters = [outcome(folder)["adapters"] for folder in (run, undisturbed.parent / "run")]
     assert len(adapters[0]) == 7
     assert adapters[0] == adapters[1]
     assert len(read_metrics(run / "metrics.jsonl")) == 60
@@ -102,10 +98,12 @@ def test_three_launchers_go_on_without_one_that_is_killed_for_good(tmp_path):
         "--rdzv_id": "decaf",
         "--rdzv_conf": "last_call_timeout=15,keep_alive_interval=1,keep_alive_max_attempt=3",
     }
-    words = [word for option in options.items() for word in option]
+    words = [word for option in options.items() for word in option] + ["-m", "decaf_hf", "train", str(path)]
+    # torch 2.13 closes the meeting point under those that come late, unless it is told to keep it
+    kept = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     launchers = []
     for log in logs:
-        launchers.append(start(log, "torch.distributed.run", *words, "-m", "decaf_hf", "train", str(path)))
+        launchers.append(start(log, "torch.distributed.run", *words, **kept))
         time.sleep(1)  # the first one holds the meeting point
     wait_for_rounds(run, 5, logs[0])
     for one in [launchers[2], *launchers[2].children(recursive=True)]:

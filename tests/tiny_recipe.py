@@ -15,7 +15,9 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import PreTrainedTokenizerFast
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from decaf_hf import checkpoint
 from decaf_hf.cli import main
+from decaf_hf.rounds import read_metrics
 
 from . import tiny
 
@@ -126,6 +128,15 @@ def write_recipe(folder: Path, task: str = "text-classification", **sections: di
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """What two runs that should be the same must have alike: lines without times, adapters, whole checkpoints."""
+    timed = ("train_seconds", "mix_seconds", "measure_seconds")
+    lines = [{k: v for k, v in line.items() if k not in timed} for line in read_metrics(folder / "metrics.jsonl")]
+    adapters = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("adapter_model.safetensors"))}
+    whole = [checkpoint.damage(path) for path in checkpoint.checkpoints(folder)]
+    return {"lines": lines, "adapters": adapters, "checkpoints": whole}
 
 
 def command(*words: object) -> tuple[int, str, str]:
