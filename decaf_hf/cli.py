@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
         return options.command(options, arguments)
     except DecafError as error:
         print(f"decaf: error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return error.exit_code
     except OSError as error:
         where = f" {error.filename}" if error.filename is not None else ""
         print(

@@ -11,7 +11,7 @@ from .errors import DecafError, require_one_of
 from .hosting import MODES
 from .lowrank import SPLITS
 from .optimizer_state import STATES
-from .presence import TIMEOUT_SECONDS
+from .presence import TIMEOUT_BOUNDS, TIMEOUT_SECONDS
 from .robust import ROBUST
 
 PARTITIONS = ("iid", "stratified", "dirichlet", "classes", "column")
@@ -130,8 +130,9 @@ class DecentralizedConfig(TrainingArguments):
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept; the oldest are removed."})
 
     def __post_init__(self):
-        if not self.timeout_seconds > 0:
-            raise DecafError(f"timeout_seconds is {self.timeout_seconds}; it must be above 0")
+        least, most = TIMEOUT_BOUNDS
+        if not least <= self.timeout_seconds <= most:
+            raise DecafError(f"timeout_seconds is {self.timeout_seconds:g}; give {least:g} to {most:g}")
         self.processes = exchange.join(timeout_seconds=self.timeout_seconds)
         if self.num_agents < 1:
             raise DecafError(f"num_agents must be at least 1, got {self.num_agents}")

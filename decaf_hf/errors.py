@@ -3,9 +3,13 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+REFUSED = 2  # exit code
+
 
 class DecafError(ValueError):
     """A refused input. The commands print its one line and leave with exit code 2."""
+
+    exit_code = REFUSED
 
     def __init__(self, message: str = ""):
         if message.startswith("Caught DecafError in DataLoader worker"):  # the worker's whole traceback

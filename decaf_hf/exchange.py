@@ -17,9 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import DecafError
-from .presence import TIMEOUT_SECONDS, Presence
+from .presence import TIMEOUT_SECONDS, LostProcessError, Presence, first_line
 
 T = TypeVar("T")
+
+START_SECONDS = 1800  # between the starts of the first process and the last
 
 # Every variable by which accelerate and the Trainer decide that a run is distributed. With them in sight a stock
 # Trainer wraps the model in DistributedDataParallel and shards each agent's data: silent centralization.
@@ -82,7 +84,8 @@ def join(
     Afterwards every process is a Trainer world of one: no DistributedDataParallel, no sharded data. Each process is
     pinned to one accelerator before that is initialized. Calling it again returns the same answer. `store`, `index`
     and `count` replace the launcher's variables in tests. A process that shows no sign of life for `timeout_seconds`
-    is taken for gone, and so is one that takes longer to send one message.
+    is taken for gone, and so is one that takes longer to send one message. Raises `LostProcessError` if the processes
+    do not find one another.
     """
     global _joined, _presence
     if _joined is not None:
@@ -95,15 +98,24 @@ def join(
     if count > 1:
         # Several processes on one GPU cannot use nccl among themselves; gloo then stages through main memory.
         backend = "nccl" if own_accelerator else "gloo"
-        timeout = timedelta(seconds=timeout_seconds)
-        dist.init_process_group(backend, store=store, rank=index, world_size=count, timeout=timeout)
-        if backend == "nccl":
-            torch.cuda.set_device(0)
-        if store is None:  # a second connection, for the thread that shows this process's sign of life
-            place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            store = dist.TCPStore(*place, is_master=False, wait_for_workers=False)
-        token = [uuid.uuid4().hex]  # an elastic launcher's store outlives a restart, and its keys with it
-        dist.broadcast_object_list(token)
+        try:
+            own = store  # and below a second connection, for the thread that shows this process's sign of life
+            if store is None:
+                own, *_ = next(dist.rendezvous("env://", index, count, timeout=timedelta(seconds=START_SECONDS)))
+                place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+                store = dist.TCPStore(*place, is_master=False, wait_for_workers=False)
+            _all_started(own, index, count)
+            timeout = timedelta(seconds=timeout_seconds)
+            own.set_timeout(timeout)
+            dist.init_process_group(backend, store=own, rank=index, world_size=count, timeout=timeout)
+            if backend == "nccl":
+                torch.cuda.set_device(0)
+            token = [uuid.uuid4().hex]  # an elastic launcher's store outlives a restart, and its keys with it
+            dist.broadcast_object_list(token)
+        except (RuntimeError, ValueError) as error:
+            raise LostProcessError(
+                [], f"the {count} processes did not find one another: {first_line(error)}"
+            ) from error
         _presence = Presence(dist.PrefixStore(f"decaf/{token[0]}", store), index, count, timeout_seconds)
     for variable in _LAUNCHER_VARIABLES:
         os.environ.pop(variable, None)
@@ -253,6 +265,14 @@ def unpack(buffer: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         name: part.clone().view(tensor.dtype).view(tensor.shape)
         for (name, tensor), part in zip(like.items(), parts, strict=True)
     }
+
+
+def _all_started(store: dist.Store, index: int, count: int) -> None:
+    """Wait until all processes have come to the store; loading may take the last one long."""
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    started = dist.PrefixStore(f"decaf/started/{start}", store)
+    started.set(str(index), b"1")
+    started.wait([str(other) for other in range(count)], timedelta(seconds=START_SECONDS))
 
 
 def _pin_accelerator(local_index: int, local_count: int) -> bool:

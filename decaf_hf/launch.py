@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import psutil
 import torch
 
-from .errors import DecafError
+from .errors import REFUSED, DecafError
 from .exchange import Processes
 
 # How the launchers spell the number of processes on their command lines.
@@ -20,8 +20,9 @@ _COUNT_FLAGS = ("--num_processes", "--num-processes", "--nproc_per_node", "--npr
 def start_processes(count: int, arguments: list[str], *, max_restarts: int = 0) -> int:
     """Run `python -m decaf_hf ARGUMENTS` in several processes of this machine; return the exit code of the run.
 
-    The processes are started and watched by torch's elastic launcher: when one fails, the others are stopped, and all
-    are started again at most `max_restarts` times.
+    The processes are started and watched by torch's elastic launcher: when one fails, the others are stopped. All are
+    started again at most `max_restarts` times, each time by a launcher of their own (that of torch 2.13 lets restarted
+    processes find the addresses of dead ones), unless the input was refused: that would only happen again.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -30,26 +31,32 @@ def start_processes(count: int, arguments: list[str], *, max_restarts: int = 0) 
     if count < 1:
         raise DecafError(f"--processes={count}: at least one process is needed")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    # torch 2.13 shares one store between restarts, where new processes then find the addresses of dead ones
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        rdzv_backend="c10d",
-        rdzv_endpoint="127.0.0.1:0",
-        run_id=uuid.uuid4().hex,
-        max_restarts=max_restarts,
-        monitor_interval=0.1,
-    )
-    try:
-        elastic_launch(config, sys.executable)("-m", "decaf_hf", *arguments)
-    except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        return next((code for code in codes if code > 0), 1)
-    except SignalException as error:
-        return 128 + error.sigval
-    return 0
+    # Seconds that processes have to end after SIGTERM; a round may be long, and a second signal ends them at once.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(24 * 3600))
+    run_id = uuid.uuid4().hex  # by which a start knows that it is not the first
+    for restart in range(max_restarts + 1):
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=count,
+            rdzv_backend="c10d",
+            rdzv_endpoint="127.0.0.1:0",
+            run_id=run_id,
+            max_restarts=0,
+            monitor_interval=0.1,
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", "decaf_hf", *arguments)
+            return 0
+        except ChildFailedError as error:
+            codes = {failure.exitcode for failure in error.failures.values()}
+        except SignalException as error:
+            return 128 + error.sigval
+        if REFUSED in codes:
+            return REFUSED
+        if restart < max_restarts:
+            print(f"restart {restart + 1} of {max_restarts}", file=sys.stderr, flush=True)
+    return max(max(codes), 1)
 
 
 def process_name(processes: Processes) -> str:

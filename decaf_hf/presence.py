@@ -9,19 +9,21 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 
 import torch
 
 from .errors import DecafError
 
 TIMEOUT_SECONDS = 120.0
+TIMEOUT_BOUNDS = (5.0, 86_400.0)  # some signs of life, and a day
 BEAT = 1.0  # seconds between two signs of life
 HURRY = 5.0  # seconds of silence that are enough once the launcher has told this process to stop
 
 
 class LostProcessError(DecafError):
     """Other processes are gone; `gone` lists their numbers, none if the meeting point itself is."""
+
+    exit_code = 1  # nothing was wrong with the input: a launcher may start the processes again
 
     def __init__(self, gone: list[int], why: str):
         self.gone = gone
@@ -45,16 +47,14 @@ class Presence:
         self._meetings += 1
         with self._reachable():
             self.store.set(f"met/{self._meetings}/{self.index}", b"1")
-        others = [index for index in range(self.count) if index != self.index]
-        while True:
-            missing = [index for index in others if not self._has_come(index)]
-            if not missing:
-                break
-            self._raise_if_gone(missing)
-            with contextlib.suppress(RuntimeError):  # not yet: look who lives, then wait on
-                self.store.wait(
-                    [f"met/{self._meetings}/{missing[0]}"], timedelta(seconds=min(BEAT, self.patience / 4))
-                )
+        missing = [index for index in range(self.count) if index != self.index]
+        begun = looked = time.monotonic()
+        while missing := [index for index in missing if not self._has_come(index)]:
+            now = time.monotonic()
+            if now - looked > BEAT / 2:
+                looked = now
+                self._raise_if_gone(missing)
+            time.sleep(min(BEAT / 4, (now - begun) / 20 + 0.0005))  # the store's own wait writes warnings
         with self._reachable():
             self.store.delete_key(f"met/{self._meetings - 1}/{self.index}")  # all others are past it
 
@@ -95,7 +95,7 @@ class Presence:
             if gone:
                 return LostProcessError(gone, _sentence(gone))
             time.sleep(BEAT / 4)
-        return LostProcessError([], f"an exchange between processes failed, though all live: {_first_line(error)}")
+        return LostProcessError([], f"an exchange between processes failed, though all live: {first_line(error)}")
 
     def _raise_if_gone(self, missing: list[int]) -> None:
         gone = [index for index in self.silent(missing) if not self._has_come(index)]
@@ -125,7 +125,7 @@ class Presence:
         except RuntimeError as error:
             raise LostProcessError(
                 [],
-                f"the processes' meeting point (MASTER_ADDR) is gone, and with it its machine: {_first_line(error)}",
+                f"the processes' meeting point (MASTER_ADDR) is gone, and with it its machine: {first_line(error)}",
             ) from error
 
 
@@ -134,5 +134,5 @@ def _sentence(gone: list[int]) -> str:
     return f"{who} gone (what was printed there may say why)"
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0]

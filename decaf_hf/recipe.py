@@ -35,7 +35,7 @@ from transformers import TrainingArguments
 
 from .algorithms import refused_ranks
 from .errors import DecafError, did_you_mean
-from .presence import TIMEOUT_SECONDS
+from .presence import TIMEOUT_BOUNDS, TIMEOUT_SECONDS
 from .topology import TOPOLOGIES
 
 MOST_BYTES = 2**20  # of a recipe's file; PyYAML takes a second for 100 KiB
@@ -461,7 +461,8 @@ class NetworkSection(_Section):
     )
     timeout_seconds: float = Field(
         TIMEOUT_SECONDS,
-        gt=0,
+        ge=TIMEOUT_BOUNDS[0],
+        le=TIMEOUT_BOUNDS[1],
         description="Silence after which another process is taken for gone, and the longest that sending one message "
         "may take. A slow process that lives is waited for.",
     )

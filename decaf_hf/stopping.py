@@ -4,11 +4,31 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from types import FrameType
 
 from . import exchange
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def end_with_parent_only(worker: int, then: Callable[[int], None] | None = None) -> None:
+    """The `worker_init_fn` of processes that load data: a signal to stop is theirs only if their parent sent it.
+
+    Launchers and terminals send it to all processes, and the step that is finished still needs its batches. `then` is
+    called with the worker's number.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=_wait_for_parent, daemon=True).start()
+    if then is not None:
+        then(worker)
+
+
+def _wait_for_parent() -> None:
+    while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 class Stopping:
@@ -39,9 +59,7 @@ class Stopping:
             raise SystemExit(128 + self.signal)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._owner:  # a worker that loads data: its parent decides
-            if number == signal.SIGTERM:
-                os._exit(128 + number)
+        if os.getpid() != self._owner:  # a process that was forked to load data: its parent decides
             return
         if self.signal is not None:
             self.__exit__()

@@ -2,8 +2,7 @@
 
 What is ours sits in a mixin that any Trainer can take. Private methods of the Trainer that it overrides
 (transformers 5.17 to 5.23): `_clip_grad_norm`, `_save_checkpoint`, `_load_from_checkpoint`,
-`_load_optimizer_and_scheduler`, `_load_rng_state`, `_load_best_model`; those it calls:
-`_get_dataloader`, `_prepare_inputs`.
+`_load_optimizer_and_scheduler`, `_load_rng_state`, `_load_best_model`, `_get_dataloader`; it calls `_prepare_inputs`.
 """
 
 import copy
@@ -13,6 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from .recipe import HubSection
 from .rounds import Network, RoundCallback, read_metrics
 from .sampling import AgentMajorSampler, Augmented
 from .seeds import fault_seed, graph_seed, stream_seed
-from .stopping import Stopping
+from .stopping import Stopping, end_with_parent_only
 from .summary import versions, write_summary
 
 # losses known to be a mean over rows or tokens, each a function of its own logits
@@ -221,6 +221,12 @@ class DecentralizedMixin:
             sampler_fn=lambda _: sampler,
             is_training=True,
         )
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        loader = super()._get_dataloader(*args, **kwargs)
+        own = loader.base_dataloader
+        own.worker_init_fn = partial(end_with_parent_only, then=own.worker_init_fn)
+        return loader
 
     def _first_batch_of_epoch(self) -> int:
         epoch = self.state.global_step // self.steps_per_epoch

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from decaf_hf import exchange, launch, sites
 from decaf_hf.recipe import read_recipe
@@ -331,6 +334,43 @@ def test_processes_are_started_with_the_other_words(tmp_path, monkeypatch, style
     assert command("train", *style, path, "seed=1", "--overwrite")[0] == 7
     assert command("train", *style, "--max-restarts", "3", path)[0] == 7
     assert started == [(2, ["train", path, "seed=1", "--overwrite"], 0), (2, ["train", path], 3)]
+
+
+@pytest.mark.parametrize(
+    ("ends", "code"),
+    [
+        ([{}], 0),
+        ([{0: 1}, {1: -9}, {}], 0),  # two starts fail, the third one ends well
+        ([{1: -9}, {0: 1, 1: -9}, {1: -9}], 1),
+        ([{0: 143}, {0: 143}, {0: 143}], 143),
+        ([{1: -9}, {1: 2}], 2),  # a refused input is not tried again
+        ([{0: 1, 1: 2}], 2),
+        ([SignalException("", signal.SIGTERM)], 143),
+    ],
+)
+def test_processes_that_fail_are_started_again(monkeypatch, capfd, ends, code):
+    configs, left = [], list(ends)
+
+    def started(config, _):
+        configs.append(config)
+
+        def run(*words):
+            end = left.pop(0)
+            if isinstance(end, Exception):
+                raise end
+            if end:
+                failures = {rank: ProcessFailure(rank, 7, exit, "") for rank, exit in end.items()}
+                raise ChildFailedError("decaf_hf", failures)
+
+        return run
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", started)
+    assert launch.start_processes(2, ["train", "x.yaml"], max_restarts=2) == code
+    assert left == []
+    assert {(config.max_restarts, config.run_id) for config in configs} == {(0, configs[0].run_id)}
+    assert configs[0].shutdown_timeout >= 3600  # a round may be long
+    told = [line for line in capfd.readouterr().err.splitlines() if line.startswith("restart")]
+    assert told == [f"restart {n} of 2" for n in range(1, len(ends))]
 
 
 class FakeProcess:

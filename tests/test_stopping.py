@@ -2,10 +2,12 @@
 
 import os
 import signal
+import subprocess
 import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,7 +16,7 @@ from transformers import TrainerCallback
 
 from decaf_hf import checkpoint, exchange
 from decaf_hf.presence import LostProcessError, Presence
-from decaf_hf.stopping import Stopping
+from decaf_hf.stopping import Stopping, end_with_parent_only
 
 from . import tiny
 
@@ -72,15 +74,43 @@ def test_a_signal_in_the_last_step_lets_the_run_end(tmp_path):
     assert trainer.state.global_step == 6
 
 
-def test_a_worker_that_was_forked_decides_nothing():
+def test_a_process_that_was_forked_decides_nothing():
     with Stopping("the step") as stopping:
         child = os.fork()
         if child == 0:
-            stopping._note(signal.SIGINT, None)  # returns
-            stopping._note(signal.SIGTERM, None)  # does not
-            os._exit(1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 143
+            stopping._note(signal.SIGTERM, None)
+            os._exit(0 if stopping.signal is None else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert stopping.signal is None
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT"])
+def test_a_signal_to_all_processes_leaves_the_step_its_batches(tmp_path, name):
+    """As a launcher, a terminal or a batch system sends it: to the processes that load data, too."""
+
+    def stop_all():
+        children = psutil.Process().children()
+        assert len(children) == 2
+        subprocess.run(["kill", f"-{name}", *[str(child.pid) for child in children], str(os.getpid())], check=True)
+
+    whole = tiny.adapters(trained(tmp_path / "whole"))
+    with pytest.raises(SystemExit if name == "TERM" else KeyboardInterrupt):
+        trained(tmp_path / "cut", callbacks=[At(2, stop_all)], dataloader_num_workers=2)
+    assert checkpoint.newest(tmp_path / "cut")[0].name == "checkpoint-3"
+    _, alive = psutil.wait_procs(psutil.Process().children(), timeout=10)
+    assert alive == []
+    tiny.assert_same(tiny.adapters(trained(tmp_path / "cut", resume=True)), whole)
+
+
+def test_a_process_that_loads_data_ends_when_its_parent_says_so():
+    child = os.fork()
+    if child == 0:
+        end_with_parent_only(0)
+        time.sleep(60)
+        os._exit(1)
+    time.sleep(0.5)
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 # ---- several processes
@@ -188,6 +218,34 @@ def test_one_that_leaves_is_noticed_at_once():
     told, _ = processes(failing, 2)
     assert told[0].startswith("process 1 is gone")
     assert told[0].endswith("True")
+
+
+def starting_late(joined):
+    return None
+
+
+@pytest.mark.agents
+def test_the_start_may_take_longer_than_the_timeout(tmp_path, monkeypatch):
+    """One process comes late; silence counts only from then on."""
+    original = exchange._all_started
+
+    def late(store, index, count):
+        time.sleep(6 * index)  # the timeout is 4 seconds
+        original(store, index, count)
+
+    monkeypatch.setattr(exchange, "_all_started", late)
+    assert processes(starting_late, 2) == (["None", "None"], [])
+
+
+def test_processes_that_do_not_find_one_another_are_one_line(monkeypatch):
+    monkeypatch.setattr(exchange, "START_SECONDS", 1)
+    monkeypatch.setattr(exchange, "_joined", None)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    with pytest.raises(LostProcessError, match=r"^the 2 processes did not find one another: .*$"):
+        exchange.join(store, 0, 2)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(LostProcessError, match=r"did not find one another: .*MASTER_ADDR expected"):
+        exchange.join()
 
 
 def test_a_store_that_is_gone_is_one_line():
