@@ -26,11 +26,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from . import exchange
 from .errors import DecafError
 from .exchange import Processes
-from .files import publish_folder, write_bytes
+from .files import named, publish_folder, write_bytes
 
 STATE_NAME = "trainer_state.json"  # where Trainer.train looks for the step to resume at
 CHECKSUMS = "checksums.json"
 METRICS = "metrics.jsonl"
+TRAINING = "training.json"  # scheduler, counters, who hosts whom
 
 
 class Gone(TypedDict):
@@ -78,6 +79,7 @@ def newest(output_dir: str | Path) -> tuple[Path | None, dict[Path, str]]:
 
 def damage(folder: Path) -> str | None:
     """Why a checkpoint cannot be trusted: a file that is missing, cut short or changed; None if it is complete."""
+    reading = CHECKSUMS
     try:
         files = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))["files"]
         for name, (size, checksum) in files.items():
@@ -88,12 +90,18 @@ def damage(folder: Path) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes of {size}"
             if _checksum(path) != checksum:
                 return f"{name} is not what was written"
+        reading = TRAINING
+        known = placement(folder)
+        blocks = [agents for _, agents in known["processes"]] + [entry["agents"] for entry in known["gone"]]
+        for name in (STATE_NAME, METRICS, TRAINING, *(agent_file(agent) for block in blocks for agent in block)):
+            if name not in files:
+                return f"{CHECKSUMS} does not list {name}"
     except FileNotFoundError:
-        return f"{CHECKSUMS} is missing"
+        return f"{reading} is missing"
     except OSError as error:
         return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{CHECKSUMS} is damaged"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{reading} is damaged"
     return None
 
 
@@ -151,9 +159,10 @@ def save(
         files = {name: entry for part in everyone for name, entry in part.items()}
         for agent, content in gone.items():
             files |= _write(new / agent_file(agent), content)
-        files |= _write(new / "training.json", json.dumps(training, default=_plain).encode())
+        files |= _write(new / TRAINING, json.dumps(training, default=_plain).encode())
         files |= _write(new / METRICS, metrics.read_bytes() if metrics.exists() else b"")
-        trainer_state.save_to_json(str(new / STATE_NAME))
+        with named(new / STATE_NAME):
+            trainer_state.save_to_json(str(new / STATE_NAME))
         files |= _write(new / STATE_NAME, (new / STATE_NAME).read_bytes())  # as it is, and synced
         write_bytes(new / CHECKSUMS, json.dumps({"files": files}).encode())
         publish_folder(new, folder)
@@ -231,7 +240,7 @@ def load_training(
 
 
 def _training(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    return json.loads((folder / TRAINING).read_text(encoding="utf-8"))
 
 
 def _read(path: Path) -> dict[str, Tensor]:

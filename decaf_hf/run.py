@@ -12,8 +12,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
 from . import checkpoint, exchange
@@ -156,7 +158,15 @@ def _train(
             "source_on_hub": is_hub_source(recipe.data.source),
             "digests": sites.digests,
         }
-        if not resume:  # else it is the same, and holds what agents had that are gone
+        written = resume and _partition(folder, sites) is not None  # it is the same, with the agents that are gone
+        if resume and not written:
+            print(
+                f"warning: {folder / 'partition.json'} is missing or damaged and is written anew; whether the samples "
+                "are those that the run was started with cannot be told",
+                file=sys.stderr,
+                flush=True,
+            )
+        if not written:
             write_text(folder / "partition.json", json.dumps(partition, indent=2) + "\n")
     exchange.barrier(processes)
     print_partition(sites.table, sites.columns, console, sites.describe(recipe.evaluation.split))
@@ -194,11 +204,33 @@ def _no_empty_folder(folder: Path) -> Iterator[None]:
         raise
 
 
+class _Partition(BaseModel):
+    """What `partition.json` holds."""
+
+    labels: list[str]
+    training_samples: list[list[int]]
+    held_out: Any
+    source_on_hub: bool
+    digests: dict[str, str]
+
+
+def _partition(folder: Path, sites: Sites) -> _Partition | None:
+    """What a run that is resumed has written of its samples; None if that is missing or damaged."""
+    try:
+        found = _Partition.model_validate_json((folder / "partition.json").read_bytes())
+    except (OSError, ValidationError):
+        return None
+    sizes = [len(row) for row in found.training_samples]
+    return found if sizes == [len(found.labels)] * len(sites.table) else None
+
+
 def _check_samples(folder: Path, sites: Sites) -> None:
     """Raise `DecafError` if a run that is resumed would go on with other samples."""
-    before = read_mapping(folder / "partition.json").get("digests", {})  # damaged, or older: then nobody can tell
-    for name, digest in sites.digests.items():
-        if before.get(name, digest) != digest:
+    before = _partition(folder, sites)
+    if before is None:
+        return
+    for name, digest in {"labels": sites.columns, **sites.digests}.items():
+        if {"labels": before.labels, **before.digests}.get(name, digest) != digest:
             raise DecafError(f"{folder} was started with other samples ({name}); resume it with the same data")
 
 

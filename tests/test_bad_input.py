@@ -392,6 +392,26 @@ def test_another_base_or_other_samples_are_no_resume(folder, changed):
     one_line(code, err, told)
 
 
+@pytest.mark.parametrize("damaged", [None, "{", '{"digests": [1]}', 5000 * "[", "no rows", "rows of another length"])
+def test_samples_that_nobody_can_compare_are_said_and_written_anew(folder, damaged):
+    assert command("train", "recipe.yaml")[0] == 0
+    path = folder / "run" / "partition.json"
+    whole = path.read_text(encoding="utf-8")
+    path.unlink()
+    if damaged is not None:
+        content = json.loads(whole)
+        if damaged == "no rows":
+            damaged = json.dumps({**content, "training_samples": []})
+        elif damaged == "rows of another length":
+            damaged = json.dumps({**content, "training_samples": [row[1:] for row in content["training_samples"]]})
+        path.write_text(damaged, encoding="utf-8")
+    code, _, err = command("train", "recipe.yaml", "--resume")
+    assert code == 0
+    assert "partition.json is missing or damaged and is written anew" in err
+    assert path.read_text(encoding="utf-8") == whole
+    assert "warning" not in command("train", "recipe.yaml", "--resume")[2]
+
+
 def test_together_hands_on_what_is_refused():
     with pytest.raises(DecafError, match="why"):
         exchange.together(exchange.Processes(), lambda: (_ for _ in ()).throw(DecafError("why")))

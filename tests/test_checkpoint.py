@@ -83,6 +83,23 @@ def test_any_damage_to_any_file_is_found(cut, file, harm):
     assert list(skipped) == [path]
 
 
+@pytest.mark.parametrize("file", sorted(FILES - {"checksums.json"}))
+def test_checksums_that_do_not_list_a_file_are_damage(cut, file):
+    path = cut / "checkpoints" / "checkpoint-4"
+    files = json.loads((path / "checksums.json").read_bytes())["files"]
+    del files[file]
+    (path / "checksums.json").write_text(json.dumps({"files": files}), encoding="utf-8")
+    assert checkpoint.damage(path) == f"checksums.json does not list {file}"
+    (path / file).unlink()
+    assert checkpoint.damage(path) is not None
+
+
+def test_checksums_nested_without_end_are_damage(cut):
+    path = cut / "checkpoints" / "checkpoint-4"
+    (path / "checksums.json").write_text(100_000 * "[", encoding="utf-8")
+    assert checkpoint.damage(path) == "checksums.json is damaged"
+
+
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_random_damage_is_found_or_harmless(run, tmp_path_factory, data):
