@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+LOCK = ".lock"  # held by the one process that writes a folder
+
 
 @contextlib.contextmanager
 def write_folder(folder: Path) -> Iterator[Path]:
@@ -37,8 +39,9 @@ def publish_folder(new: Path, folder: Path) -> None:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but what a writer that was killed has left of an unfinished file or folder."""
-    return all(path.name.startswith(".") and path.name.endswith((".new", ".old")) for path in folder.iterdir())
+    """Whether a folder holds nothing but a lock, and what a killed writer has left of an unfinished file or folder."""
+    names = [path.name for path in folder.iterdir()]
+    return all(name == LOCK or (name.startswith(".") and name.endswith((".new", ".old"))) for name in names)
 
 
 def write_text(path: Path, text: str) -> None:

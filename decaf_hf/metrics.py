@@ -5,6 +5,7 @@ The one exception is `hub_metric`, which has to be called by name.
 
 import math
 import re
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,12 +122,13 @@ class Outcomes:
 def scores(outcomes: Outcomes, names: Sequence[str]) -> dict[str, float]:
     """The named metrics of `METRICS`."""
     found: dict[str, float] = {}
-    for name in names:
-        if name == "perplexity":
-            inputs = {"negative_log_likelihoods": outcomes.nll, "tokens": outcomes.tokens}
-        else:
-            inputs = {"predictions": outcomes.predicted, "references": outcomes.references}
-        found.update(METRICS[name]().compute(**inputs))
+    with tempfile.TemporaryDirectory(prefix="decaf-") as folder:  # else a folder in a cache that may be read-only
+        for name in names:
+            if name == "perplexity":
+                inputs = {"negative_log_likelihoods": outcomes.nll, "tokens": outcomes.tokens}
+            else:
+                inputs = {"predictions": outcomes.predicted, "references": outcomes.references}
+            found.update(METRICS[name](keep_in_memory=True, cache_dir=folder).compute(**inputs))
     return found
 
 

@@ -24,7 +24,7 @@ from .config import DecentralizedConfig
 from .data import is_hub_source
 from .errors import DecafError
 from .exchange import Processes
-from .files import is_empty, read_mapping, write_text
+from .files import LOCK, is_empty, read_mapping, write_text
 from .hub import publish, publish_command
 from .launch import assign, describe_placement, launch_id, process_name
 from .metrics import scores
@@ -237,9 +237,9 @@ def _check_samples(folder: Path, sites: Sites) -> None:
 @contextlib.contextmanager
 def held_alone(folder: Path, *, who: str = "run", option: str = "output_dir") -> Iterator[None]:
     """Keep a second run out of the folder while this one lives; the lock of a killed run is free again."""
-    place = folder.resolve()
-    place.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(place.with_name(f".{place.name}.lock"), timeout=0)
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder.resolve() / LOCK, timeout=0)  # inside: the folder above may not be ours to write
     try:
         lock.acquire()
     except Timeout:
@@ -249,6 +249,8 @@ def held_alone(folder: Path, *, who: str = "run", option: str = "output_dir") ->
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
+        if new and is_empty(folder):
+            shutil.rmtree(folder)
 
 
 def _publish(folder: Path, hub: HubSection, console: Console) -> None:
@@ -395,9 +397,10 @@ def check_writable(folder: Path, *, option: str = "output_dir") -> None:
 
 
 def _empty(folder: Path) -> None:
-    """Remove what is in a folder; the folder itself may be a link."""
+    """Remove what is in a folder but for the lock; the folder itself may be a link."""
     for path in folder.iterdir():
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if path.name != LOCK:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def _flat(tree: dict, where: str = "recipe") -> dict[str, str]:

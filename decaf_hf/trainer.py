@@ -667,21 +667,22 @@ def _mixes_by_hops(args: DecentralizedConfig) -> bool:
 
 def _schedule(args: DecentralizedConfig) -> MixingSchedule:
     algorithm = ALGORITHMS[args.algorithm]
-    if algorithm.complete:
-        return complete_schedule(args.num_learners)
     if algorithm.mix is None:
         return identity_schedule(args.num_learners)
-    schedule = mixing_schedule(
-        args.topology,
-        args.num_agents,
-        args.weights,
-        degree=args.degree,
-        probability=args.probability,
-        seed=graph_seed(args.seed),
-    )
+    if algorithm.complete:
+        schedule = complete_schedule(args.num_learners)
+    else:
+        schedule = mixing_schedule(
+            args.topology,
+            args.num_agents,
+            args.weights,
+            degree=args.degree,
+            probability=args.probability,
+            seed=graph_seed(args.seed),
+        )
     if args.robust != "none" and max(map(len, schedule.neighbors(1))) < 2:
         raise DecafError(
-            f"robust={args.robust} compares an agent's neighbors with one another, but on {args.topology} of "
+            f"robust={args.robust} compares an agent's neighbors with one another, but on {schedule.topology} of "
             f"{args.num_agents} agents each has at most one at a time; take another topology, or robust: none"
         )
     return schedule

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from decaf_hf import DecentralizedConfig, DecentralizedTrainer, checkpoint, exchange
+from decaf_hf import DecentralizedConfig, DecentralizedTrainer, checkpoint, exchange, run
 from decaf_hf.errors import DecafError
 from decaf_hf.rounds import Network
 from decaf_hf.run import held_alone
@@ -487,7 +487,34 @@ def test_two_runs_do_not_write_into_one_folder(folder):
         for flag in ("--resume", "--overwrite"):
             refused(folder, flag, *quick, named=("another run is writing", str(folder / "run")))
     assert command("train", "recipe.yaml", "--overwrite", *quick)[0] == 0
-    assert not list(folder.glob(".*.lock"))
+    assert not list(folder.rglob(".lock"))
+
+
+def test_the_lock_lies_in_the_folder_that_it_keeps(tmp_path):
+    """The one above may be read-only, as that of a mounted folder is."""
+    with held_alone(tmp_path / "a" / "run"):
+        assert [path.name for path in (tmp_path / "a").iterdir()] == ["run"]
+        (tmp_path / "a" / "run" / ".summary.json.new").write_text("half", encoding="utf-8")
+    assert list((tmp_path / "a").iterdir()) == []  # nothing came of it
+    (tmp_path / "a" / "run").mkdir()
+    with held_alone(tmp_path / "a" / "run"):
+        pass
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["run"]
+
+
+def test_overwriting_leaves_the_lock_where_it_is(folder, monkeypatch):
+    assert command("train", "recipe.yaml")[0] == 0
+    seen = []
+    original = run._train
+
+    def train(*args, **kwargs):
+        seen.append((folder / "run" / ".lock").stat().st_ino)
+        original(*args, **kwargs)
+        seen.append((folder / "run" / ".lock").stat().st_ino)
+
+    monkeypatch.setattr(run, "_train", train)
+    assert command("train", "recipe.yaml", "--overwrite")[0] == 0
+    assert len(set(seen)) == 1
 
 
 def test_a_trainer_without_an_adapter(tmp_path):

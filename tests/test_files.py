@@ -75,6 +75,7 @@ def test_what_a_killed_writer_left_is_nothing(tmp_path):
     assert is_empty(tmp_path)
     (tmp_path / ".recipe.yaml.new").write_text("half", encoding="utf-8")
     (tmp_path / ".consensus.old").mkdir()
+    (tmp_path / ".lock").touch()
     assert is_empty(tmp_path)
     (tmp_path / ".bashrc").write_text("mine", encoding="utf-8")
     assert not is_empty(tmp_path)

@@ -10,7 +10,17 @@ import pytest
 from transformers import EvalPrediction
 
 from decaf_hf.errors import DecafError
-from decaf_hf.metrics import F1, METRICS, Accuracy, ExactMatch, Perplexity, class_outcomes, hub_metric, scores
+from decaf_hf.metrics import (
+    F1,
+    METRICS,
+    Accuracy,
+    ExactMatch,
+    Outcomes,
+    Perplexity,
+    class_outcomes,
+    hub_metric,
+    scores,
+)
 
 # Class 0: precision 2/3, recall 2/2, F1 0.8. Class 1: 1/2, 1/3, 0.4. Class 2: 0/1, 0/1, 0.
 REFERENCES, PREDICTIONS = [0, 0, 1, 1, 1, 2], [0, 0, 1, 0, 2, 1]
@@ -131,6 +141,15 @@ def test_compute_metrics_takes_the_largest_logit():
     outcomes = class_outcomes(prediction)
     assert scores(outcomes, ["f1", "accuracy"]) == {"f1": pytest.approx(0.4), "accuracy": 0.5}
     assert set(scores(outcomes, ["accuracy"])) == {"accuracy"}
+
+
+def test_scores_need_no_cache(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", tmp_path / "file" / "metrics")
+    with pytest.raises(NotADirectoryError):
+        Accuracy()
+    outcomes = Outcomes(np.array([0, 1]), np.array([0, 1]), nll=np.array([1.0]), tokens=np.array([1]))
+    assert scores(outcomes, ["accuracy", "f1", "perplexity"]) == {"accuracy": 1, "f1": 1, "perplexity": np.e}
 
 
 def test_recipes_offer_exactly_these_metrics():
