@@ -4,8 +4,10 @@ Only named files are taken, so no checkpoint or optimizer state can slip in. The
 configurations name the base model by its Hub id and hold no path of this machine.
 """
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +113,7 @@ def _adapter(record: Record, inside: str, where: str, base: str) -> Files:
             raise ValueError("no mapping; run the recipe again")
     except (OSError, ValueError) as error:
         raise DecafError(f"{folder / CONFIG}: {error}") from None
+    _check_config(folder, config, record.adapter)
     config["base_model_name_or_path"] = base
     if record.recipe is not None:
         config["revision"] = record.recipe.model.revision
@@ -118,6 +121,37 @@ def _adapter(record: Record, inside: str, where: str, base: str) -> Files:
         f"{where}{CONFIG}": _utf8(json.dumps(config, indent=2, sort_keys=True)),
         f"{where}{WEIGHTS}": folder / WEIGHTS,
     }
+
+
+def _check_config(folder: Path, config: dict[str, Any], consensus: dict[str, Any]) -> None:
+    """Raise `DecafError` unless a configuration is the consensus' but for its rank, and its weights have that rank."""
+    for key in sorted((config.keys() | consensus.keys()) - {"r"}):
+        if _unordered(config.get(key)) != _unordered(consensus.get(key)):
+            raise DecafError(
+                f"{folder / CONFIG}: {key} is {config.get(key)!r}, in that of the consensus {consensus.get(key)!r}; "
+                "run the recipe again"
+            )
+    if config.get("peft_type") != "LORA":
+        raise DecafError(
+            f"{folder / CONFIG}: peft_type is {config.get('peft_type')!r}, not 'LORA'; run the recipe again"
+        )
+    if config.get("rank_pattern"):
+        return
+    for name, shape in _shapes(folder / WEIGHTS).items():
+        if "lora_A" in name and shape[0] != config.get("r"):
+            raise DecafError(
+                f"{folder / CONFIG}: r is {config.get('r')!r}, but {name} has rank {shape[0]}; run the recipe again"
+            )
+
+
+def _unordered(value: Any) -> Any:
+    """A list of names in an order of its own: PEFT saves sets as lists."""
+    return sorted(value, key=str) if isinstance(value, list) else value
+
+
+def _shapes(path: Path) -> dict[str, list[int]]:
+    with _readable(path), safe_open(path, framework="pt") as file:
+        return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - safe_open is no mapping
 
 
 def _check(run: Path, files: Files, token: str | None) -> None:
@@ -150,12 +184,16 @@ def _check_numbers(run: Path, name: str, text: str) -> None:
 
 
 def _check_finite(path: Path) -> None:
+    with _readable(path), safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+            if not bool(torch.isfinite(file.get_tensor(key)).all()):
+                raise DecafError(f"{path}: {key} is not finite; such an adapter is not published")
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
     try:
-        with safe_open(path, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                tensor = file.get_tensor(key)
-                if not bool(torch.isfinite(tensor).all()):
-                    raise DecafError(f"{path}: {key} is not finite; such an adapter is not published")
+        yield
     except (OSError, SafetensorError) as error:
         raise DecafError(f"{path} is damaged: {error}") from None
 

@@ -508,6 +508,30 @@ def test_texts_that_must_not_leave(hub, run, name, old, new, words):
     assert "alice/tiny" not in hub.repos()
 
 
+@pytest.mark.parametrize("layout", ["single", "per-agent"])
+@pytest.mark.parametrize(
+    ("who", "changes", "words"),
+    [
+        (
+            "agents/1",
+            {"peft_type": "NOPE"},
+            "agents/1/adapter_config.json: peft_type is 'NOPE', in that of the consensus",
+        ),
+        ("agents/1", {"target_modules": ["key"]}, r"agents/1/adapter_config.json: target_modules is \['key'\]"),
+        ("agents/1", {"lora_alpha": 3}, "agents/1/adapter_config.json: lora_alpha is 3"),
+        ("agents/1", {"r": 4}, "agents/1/adapter_config.json: r is 4, but .*lora_A.* has rank 2"),
+        ("consensus", {"r": 4}, "consensus/adapter_config.json: r is 4, but .*lora_A.* has rank 2"),
+        ("everyone", {"peft_type": "IA3"}, "adapter_config.json: peft_type is 'IA3', not 'LORA'"),
+    ],
+)
+def test_configurations_that_do_not_fit(hub, run, layout, who, changes, words):
+    for path in run.glob("**/adapter_config.json") if who == "everyone" else [run / who / "adapter_config.json"]:
+        path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **changes}), encoding="utf-8")
+    with pytest.raises(DecafError, match=words):
+        publish(run, HUB.model_copy(update={"layout": layout}))
+    assert "alice/tiny" not in hub.repos()
+
+
 def test_weights_that_must_not_leave(hub, run):
     path = run / "agents" / "1" / "adapter_model.safetensors"
     weights = load_file(path)

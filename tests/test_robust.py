@@ -239,6 +239,13 @@ def test_a_graph_on_which_nothing_can_be_compared_is_refused(tmp_path, topology,
     tiny.trainer(tmp_path, topology=topology, num_agents=agents)
 
 
+def test_an_average_over_two_agents_has_nothing_to_compare_either(tmp_path):
+    with pytest.raises(DecafError, match=r"robust=clip compares .* on complete of 2 agents"):
+        tiny.trainer(tmp_path, algorithm="fedavg", num_agents=2, robust="clip")
+    tiny.trainer(tmp_path, algorithm="fedavg", num_agents=3, robust="clip")
+    tiny.trainer(tmp_path, algorithm="local", num_agents=2, robust="clip")  # exchanges nothing
+
+
 def too_large(buffer):
     buffer[STAMP:] = torch.full_like(buffer[STAMP:].view(torch.float64), 1e155).view(torch.uint8)
     return buffer
