@@ -1,12 +1,13 @@
 """The commands. A refused input is one line on stderr and exit code 2."""
 
 import argparse
+import errno
 import importlib.metadata
 import json
 import sys
 from pathlib import Path
 
-from .errors import DecafError
+from .errors import REFUSED, DecafError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -23,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(
             f"decaf: error:{where}: {error.strerror or error}; what was complete is kept", file=sys.stderr, flush=True
         )
-        return 1
+        return REFUSED if error.errno == errno.ENAMETOOLONG else 1  # no such name can have been meant
     except KeyboardInterrupt:
         advice = {
             _train: "; if a checkpoint was saved, go on with --resume",

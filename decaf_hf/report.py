@@ -26,7 +26,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_valid
 
 from .card import base_name
 from .errors import DecafError
-from .files import write_text
+from .files import write_bytes, write_text
 from .graph_report import draw_mixing
 from .metrics import LOWER_IS_BETTER
 from .recipe import Recipe, read_recipe
@@ -183,7 +183,7 @@ class _Section(NamedTuple):
 def write_report(folders: Sequence[Path], output: Path) -> Path:
     """Write `report.html` and `pictures/*.png` about finished runs into `output`; the path of the HTML file.
 
-    Raises `DecafError` naming the file that is missing or damaged; then nothing is written.
+    Raises `DecafError` naming the file that is missing or damaged, then nothing is written; or a place that is none.
     """
     runs = _read_runs([Path(folder) for folder in folders])
     path = output / "report.html"
@@ -193,11 +193,11 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
             sections = _sections(runs)
         for picture in (picture for section in sections for picture in section.pictures):
             new = output / "pictures" / f".{picture.file}.new"
-            new.write_bytes(picture.png)
+            write_bytes(new, picture.png)
             new.replace(new.with_name(picture.file))
         write_text(path, _page(runs, sections))
-    except OSError as error:
-        raise DecafError(f"{error.filename or path}: the report cannot be written ({error.strerror})") from None
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise DecafError(f"{error.filename}: the report cannot be written ({error.strerror})") from None
     return path
 
 

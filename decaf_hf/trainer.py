@@ -505,7 +505,7 @@ class DecentralizedMixin:
             done = f"step {step}, round {step // local_steps} of {self.args.max_steps // local_steps} done"
             print(
                 f"stopped after {done}; saved in {checkpoint.folder(self.args.output_dir, step)}; "
-                "--resume, or resume_from_checkpoint=True, goes on there",
+                "to go on there: decaf train --resume, the same decaf compare, or resume_from_checkpoint=True",
                 file=sys.stderr,
                 flush=True,
             )

@@ -312,6 +312,12 @@ def test_graph_without_output_is_named_after_the_topology(tmp_path, monkeypatch)
     assert list(tree(tmp_path)) == ["torus-9.png"]
 
 
+@pytest.mark.parametrize("words", [["evaluate"], ["report"], ["publish", "--repo-id", "a/b"], ["train"]])
+def test_a_name_that_no_file_can_have_is_refused(words):
+    code, _, err = command(*words, 5000 * "x")
+    assert (code, err.count("\n")) == (2, 1)
+
+
 def test_schema(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, out, err = command("schema")

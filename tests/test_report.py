@@ -1,10 +1,12 @@
 """The report of runs: its numbers are those of the run folders, its pictures show them, it needs no other file."""
 
 import base64
+import errno
 import io
 import itertools
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -416,3 +418,21 @@ def test_refuses_no_run_a_run_named_twice_and_a_place_that_is_a_file(tmp_path):
     with pytest.raises(DecafError, match=r"file.*cannot be written"):
         write_report([folder], tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("nth", [0, 3])
+def test_a_full_disk_is_not_the_inputs_fault(tmp_path, monkeypatch, nth):
+    folder = write_run(tmp_path / "run")
+    synced = []
+    original = os.fsync
+
+    def full(descriptor):
+        synced.append(descriptor)
+        if len(synced) == nth + 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(descriptor)
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        write_report([folder], tmp_path / "out")
+    assert raised.value.filename.startswith(str(tmp_path / "out"))

@@ -55,7 +55,7 @@ def test_the_step_is_finished_and_saved(tmp_path, capsys, number, error, step):
     told = capsys.readouterr().err.splitlines()
     assert told[0] == "stopping: the step is finished and saved first; once more stops at once"
     assert f"stopped after step {step + 1}, round {(step + 1) // 2} of 3 done" in told[1]
-    assert f"checkpoint-{step + 1}; --resume" in told[1]
+    assert f"checkpoint-{step + 1}; to go on there: decaf train --resume" in told[1]
     tiny.assert_same(tiny.adapters(trained(tmp_path / "cut", resume=True)), whole)
 
 
