@@ -90,10 +90,14 @@ def join(
     global _joined, _presence
     if _joined is not None:
         return _joined
-    local_index = int(os.environ.get("LOCAL_RANK", 0)) if index is None else index
-    local_count = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1))) if count is None else count
-    index = int(os.environ.get("RANK", 0)) if index is None else index
-    count = int(os.environ.get("WORLD_SIZE", 1)) if count is None else count
+    try:
+        local_index = int(os.environ.get("LOCAL_RANK", 0)) if index is None else index
+        local_count = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+        local_count = local_count if count is None else count
+        index = int(os.environ.get("RANK", 0)) if index is None else index
+        count = int(os.environ.get("WORLD_SIZE", 1)) if count is None else count
+    except ValueError as error:
+        raise DecafError(f"the launcher's variables RANK, WORLD_SIZE, LOCAL_...: {error}") from None
     own_accelerator = _pin_accelerator(local_index, local_count)
     if count > 1:
         # Several processes on one GPU cannot use nccl among themselves; gloo then stages through main memory.

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import signal
 import sys
 import threading
 import uuid
@@ -13,6 +14,8 @@ import torch
 from .errors import REFUSED, DecafError
 from .exchange import Processes
 
+STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # exit codes
+
 # How the launchers spell the number of processes on their command lines.
 _COUNT_FLAGS = ("--num_processes", "--num-processes", "--nproc_per_node", "--nproc-per-node")
 
@@ -22,7 +25,8 @@ def start_processes(count: int, arguments: list[str], *, max_restarts: int = 0) 
 
     The processes are started and watched by torch's elastic launcher: when one fails, the others are stopped. All are
     started again at most `max_restarts` times, each time by a launcher of their own (that of torch 2.13 lets restarted
-    processes find the addresses of dead ones), unless the input was refused: that would only happen again.
+    processes find the addresses of dead ones), unless the input was refused, which would only happen again, or a
+    process was told to stop.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -34,29 +38,32 @@ def start_processes(count: int, arguments: list[str], *, max_restarts: int = 0) 
     # Seconds that processes have to end after SIGTERM; a round may be long, and a second signal ends them at once.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(24 * 3600))
     run_id = uuid.uuid4().hex  # by which a start knows that it is not the first
-    for restart in range(max_restarts + 1):
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=count,
-            rdzv_backend="c10d",
-            rdzv_endpoint="127.0.0.1:0",
-            run_id=run_id,
-            max_restarts=0,
-            monitor_interval=0.1,
-        )
-        try:
-            elastic_launch(config, sys.executable)("-m", "decaf_hf", *arguments)
-            return 0
-        except ChildFailedError as error:
-            codes = {failure.exitcode for failure in error.failures.values()}
-        except SignalException as error:
-            return 128 + error.sigval
-        if REFUSED in codes:
-            return REFUSED
-        if restart < max_restarts:
-            print(f"restart {restart + 1} of {max_restarts}", file=sys.stderr, flush=True)
-    return max(max(codes), 1)
+    try:
+        for restart in range(max_restarts + 1):
+            config = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=count,
+                rdzv_backend="c10d",
+                rdzv_endpoint="127.0.0.1:0",
+                run_id=run_id,
+                max_restarts=0,
+                monitor_interval=0.1,
+            )
+            try:
+                elastic_launch(config, sys.executable)("-m", "decaf_hf", *arguments)
+                return 0
+            except ChildFailedError as error:
+                first = error.get_first_failure()[1].exitcode  # what others end with may be the launcher's doing
+                if REFUSED in {failure.exitcode for failure in error.failures.values()}:
+                    return REFUSED
+            if first in STOPPED:
+                return first
+            if restart < max_restarts:
+                print(f"restart {restart + 1} of {max_restarts}", file=sys.stderr, flush=True)
+    except SignalException as error:  # torch's handlers stay where they are between the starts
+        return 128 + error.sigval
+    return max(first, 1)
 
 
 def process_name(processes: Processes) -> str:

@@ -221,7 +221,8 @@ def _partition(folder: Path, sites: Sites) -> _Partition | None:
     except (OSError, ValidationError):
         return None
     sizes = [len(row) for row in found.training_samples]
-    return found if sizes == [len(found.labels)] * len(sites.table) else None
+    whole = sizes == [len(found.labels)] * len(sites.table) and found.digests.keys() >= sites.digests.keys()
+    return found if whole else None
 
 
 def _check_samples(folder: Path, sites: Sites) -> None:
@@ -230,7 +231,7 @@ def _check_samples(folder: Path, sites: Sites) -> None:
     if before is None:
         return
     for name, digest in {"labels": sites.columns, **sites.digests}.items():
-        if {"labels": before.labels, **before.digests}.get(name, digest) != digest:
+        if {"labels": before.labels, **before.digests}[name] != digest:
             raise DecafError(f"{folder} was started with other samples ({name}); resume it with the same data")
 
 
@@ -376,7 +377,8 @@ def _check_folder(folder: Path, recipe: Recipe, resume: bool, overwrite: bool) -
         if changed:
             raise DecafError(f"{folder} was started with another {changed}; resume with the recipe in that folder")
     elif overwrite and folder.exists():
-        if not folder.is_dir() or not (is_empty(folder) or (folder / "recipe.yaml").is_file()):
+        ours = any((folder / name).is_file() for name in ("recipe.yaml", LAUNCH))
+        if not folder.is_dir() or not (is_empty(folder) or ours):
             raise DecafError(f"{folder} is no run folder (no recipe.yaml); --overwrite replaces only those")
         if Path.cwd().resolve().is_relative_to(folder.resolve()):
             raise DecafError(f"--overwrite would remove {folder}, where the command runs; choose another output_dir")
@@ -397,8 +399,8 @@ def check_writable(folder: Path, *, option: str = "output_dir") -> None:
 
 
 def _empty(folder: Path) -> None:
-    """Remove what is in a folder but for the lock; the folder itself may be a link."""
-    for path in folder.iterdir():
+    """Remove what is in a folder but for the lock, last what tells a run folder; the folder itself may be a link."""
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == "recipe.yaml"):
         if path.name != LOCK:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 

@@ -12,21 +12,21 @@ from . import exchange
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def end_with_parent_only(worker: int, then: Callable[[int], None] | None = None) -> None:
-    """The `worker_init_fn` of processes that load data: a signal to stop is theirs only if their parent sent it.
+def end_with_trainer_only(worker: int, trainer: int, then: Callable[[int], None] | None = None) -> None:
+    """The `worker_init_fn` of processes that load data: a signal to stop is theirs only if process `trainer` sent it.
 
     Launchers and terminals send it to all processes, and the step that is finished still needs its batches. `then` is
     called with the worker's number.
     """
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        threading.Thread(target=_wait_for_parent, daemon=True).start()
+        threading.Thread(target=_wait_for, args=(trainer,), daemon=True).start()
     if then is not None:
         then(worker)
 
 
-def _wait_for_parent() -> None:
-    while signal.sigwaitinfo(SIGNALS).si_pid != os.getppid():
+def _wait_for(sender: int) -> None:
+    while signal.sigwaitinfo(SIGNALS).si_pid != sender:
         pass
     os._exit(0)
 

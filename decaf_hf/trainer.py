@@ -8,6 +8,7 @@ What is ours sits in a mixin that any Trainer can take. Private methods of the T
 import copy
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -42,7 +43,7 @@ from .recipe import HubSection
 from .rounds import Network, RoundCallback, read_metrics
 from .sampling import AgentMajorSampler, Augmented
 from .seeds import fault_seed, graph_seed, stream_seed
-from .stopping import Stopping, end_with_parent_only
+from .stopping import Stopping, end_with_trainer_only
 from .summary import versions, write_summary
 
 # losses known to be a mean over rows or tokens, each a function of its own logits
@@ -225,7 +226,7 @@ class DecentralizedMixin:
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         loader = super()._get_dataloader(*args, **kwargs)
         own = loader.base_dataloader
-        own.worker_init_fn = partial(end_with_parent_only, then=own.worker_init_fn)
+        own.worker_init_fn = partial(end_with_trainer_only, trainer=os.getpid(), then=own.worker_init_fn)
         return loader
 
     def _first_batch_of_epoch(self) -> int:

@@ -392,7 +392,9 @@ def test_another_base_or_other_samples_are_no_resume(folder, changed):
     one_line(code, err, told)
 
 
-@pytest.mark.parametrize("damaged", [None, "{", '{"digests": [1]}', 5000 * "[", "no rows", "rows of another length"])
+@pytest.mark.parametrize(
+    "damaged", [None, "{", '{"digests": [1]}', 5000 * "[", "no rows", "rows of another length", "no digests"]
+)
 def test_samples_that_nobody_can_compare_are_said_and_written_anew(folder, damaged):
     assert command("train", "recipe.yaml")[0] == 0
     path = folder / "run" / "partition.json"
@@ -404,6 +406,8 @@ def test_samples_that_nobody_can_compare_are_said_and_written_anew(folder, damag
             damaged = json.dumps({**content, "training_samples": []})
         elif damaged == "rows of another length":
             damaged = json.dumps({**content, "training_samples": [row[1:] for row in content["training_samples"]]})
+        elif damaged == "no digests":
+            damaged = json.dumps({**content, "digests": {}})
         path.write_text(damaged, encoding="utf-8")
     code, _, err = command("train", "recipe.yaml", "--resume")
     assert code == 0
@@ -500,6 +504,29 @@ def test_the_lock_lies_in_the_folder_that_it_keeps(tmp_path):
     with held_alone(tmp_path / "a" / "run"):
         pass
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["run"]
+
+
+def test_overwriting_goes_on_where_it_was_killed(folder, monkeypatch):
+    """While it empties the folder, and between its first two files."""
+    assert command("train", "recipe.yaml")[0] == 0
+    folders = [path for path in (folder / "run").iterdir() if path.is_dir()]
+    original = shutil.rmtree
+
+    def dies(path, **kwargs):
+        folders.pop()
+        original(path, **kwargs)
+        if not folders:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("shutil.rmtree", dies)
+    assert command("train", "recipe.yaml", "--overwrite")[0] == 130
+    assert (folder / "run" / "recipe.yaml").is_file()
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    for path in (folder / "run").iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (folder / "run" / run.LAUNCH).write_text("{}", encoding="utf-8")
+    assert command("train", "recipe.yaml", "--overwrite")[0] == 0
 
 
 def test_overwriting_leaves_the_lock_where_it_is(folder, monkeypatch):

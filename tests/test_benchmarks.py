@@ -98,7 +98,7 @@ def test_the_cost_of_bad_neighbors_is_paired_with_all_honest():
 
 @pytest.mark.agents
 def test_killed_processes_lose_nothing():
-    trials = list(chaos.chaos(kills=3, seed=203, counts=[1, 2], timeout=4))
+    trials = list(chaos.chaos(kills=3, seed=203, counts=[1, 2], timeout=5))
     assert {(one["processes"], one["moment"]) for one in trials} == {
         (1, "publishing"),
         (2, "mixing"),

@@ -348,7 +348,9 @@ def test_processes_are_started_with_the_other_words(tmp_path, monkeypatch, style
         ([{}], 0),
         ([{0: 1}, {1: -9}, {}], 0),  # two starts fail, the third one ends well
         ([{1: -9}, {0: 1, 1: -9}, {1: -9}], 1),
-        ([{0: 143}, {0: 143}, {0: 143}], 143),
+        ([{0: 1}, {1: -9, 0: 143}, {}], 0),  # the launcher has ended the other one
+        ([{0: 143}], 143),
+        ([{1: 130, 0: 130}], 130),
         ([{1: -9}, {1: 2}], 2),  # a refused input is not tried again
         ([{0: 1, 1: 2}], 2),
         ([SignalException("", signal.SIGTERM)], 143),

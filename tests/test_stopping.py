@@ -1,5 +1,6 @@
 """Signals, and processes that die or stall: what is finished, what is saved, what the others say."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ from transformers import TrainerCallback
 
 from decaf_hf import checkpoint, exchange
 from decaf_hf.presence import LostProcessError, Presence
-from decaf_hf.stopping import Stopping, end_with_parent_only
+from decaf_hf.stopping import Stopping, end_with_trainer_only
 
 from . import tiny
 
@@ -102,15 +103,24 @@ def test_a_signal_to_all_processes_leaves_the_step_its_batches(tmp_path, name):
     tiny.assert_same(tiny.adapters(trained(tmp_path / "cut", resume=True)), whole)
 
 
-def test_a_process_that_loads_data_ends_when_its_parent_says_so():
-    child = os.fork()
-    if child == 0:
-        end_with_parent_only(0)
-        time.sleep(60)
-        os._exit(1)
-    time.sleep(0.5)
-    os.kill(child, signal.SIGTERM)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+@pytest.mark.parametrize("context", ["fork", "forkserver"])
+def test_processes_that_load_data_end_when_the_trainer_says_so(context):
+    """The trainer need not be the parent: a fork server is."""
+    process = multiprocessing.get_context(context).Process(target=_loading, args=(os.getpid(),))
+    process.start()
+    time.sleep(4 if context == "forkserver" else 0.5)  # it imports first
+    subprocess.run(["kill", "-TERM", str(process.pid)], check=True)
+    process.join(1)
+    assert process.exitcode is None
+    process.terminate()
+    process.join(10)
+    assert process.exitcode == 0
+    process.kill()
+
+
+def _loading(trainer):
+    end_with_trainer_only(0, trainer)
+    time.sleep(60)
 
 
 # ---- several processes
@@ -227,13 +237,12 @@ def starting_late(joined):
 @pytest.mark.agents
 def test_the_start_may_take_longer_than_the_timeout(tmp_path, monkeypatch):
     """One process comes late; silence counts only from then on."""
-    original = exchange._all_started
 
-    def late(store, index, count):
+    def late(index, count):
         time.sleep(6 * index)  # the timeout is 4 seconds
-        original(store, index, count)
+        return False
 
-    monkeypatch.setattr(exchange, "_all_started", late)
+    monkeypatch.setattr(exchange, "_pin_accelerator", late)
     assert processes(starting_late, 2) == (["None", "None"], [])
 
 
