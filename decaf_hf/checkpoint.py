@@ -91,11 +91,19 @@ def damage(folder: Path) -> str | None:
             if _checksum(path) != checksum:
                 return f"{name} is not what was written"
         reading = TRAINING
-        known = placement(folder)
+        training = _training(folder)
+        lacking = {"base_model_digest", "param_groups", "placement", "progress", "scheduler"} - training.keys()
+        if lacking:
+            return f"{TRAINING} lacks {min(lacking)}"
+        known = training["placement"]
         blocks = [agents for _, agents in known["processes"]] + [entry["agents"] for entry in known["gone"]]
         for name in (STATE_NAME, METRICS, TRAINING, *(agent_file(agent) for block in blocks for agent in block)):
             if name not in files:
                 return f"{CHECKSUMS} does not list {name}"
+        reading = STATE_NAME
+        step = TrainerState.load_from_json(str(folder / STATE_NAME)).global_step
+        if not isinstance(step, int) or step < 0:
+            return f"{STATE_NAME} tells of step {step!r}"
     except FileNotFoundError:
         return f"{reading} is missing"
     except OSError as error:

@@ -1,5 +1,6 @@
 """What a checkpoint holds, when it is trusted, and which one a run goes on from."""
 
+import hashlib
 import json
 import shutil
 
@@ -92,6 +93,29 @@ def test_checksums_that_do_not_list_a_file_are_damage(cut, file):
     assert checkpoint.damage(path) == f"checksums.json does not list {file}"
     (path / file).unlink()
     assert checkpoint.damage(path) is not None
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("trainer_state.json", "[]", "trainer_state.json is damaged"),
+        ("trainer_state.json", "{", "trainer_state.json is damaged"),
+        ("trainer_state.json", 100_000 * "[", "trainer_state.json is damaged"),
+        ("trainer_state.json", '{"nope": 1}', "trainer_state.json is damaged"),
+        ("trainer_state.json", '{"global_step": -3}', "trainer_state.json tells of step -3"),
+        ("trainer_state.json", '{"global_step": "x"}', "trainer_state.json tells of step 'x'"),
+        ("training.json", "[]", "training.json is damaged"),
+        ("training.json", '{"placement": {"processes": [], "gone": []}}', "training.json lacks base_model_digest"),
+    ],
+)
+def test_files_that_do_not_hold_what_a_resume_needs_are_damage(cut, file, content, told):
+    """Whatever the checksums say: the run goes on at an older checkpoint."""
+    path = cut / "checkpoints" / "checkpoint-4"
+    sums = json.loads((path / "checksums.json").read_bytes())
+    sums["files"][file] = [len(content), hashlib.blake2b(content.encode()).hexdigest()]
+    (path / "checksums.json").write_text(json.dumps(sums), encoding="utf-8")
+    (path / file).write_text(content, encoding="utf-8")
+    assert checkpoint.damage(path) == told
 
 
 def test_checksums_nested_without_end_are_damage(cut):
