@@ -6,6 +6,7 @@ in the store first: a slow one is waited for as long as it takes, one that shows
 """
 
 import contextlib
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -48,13 +49,13 @@ class Presence:
         with self._reachable():
             self.store.set(f"met/{self._meetings}/{self.index}", b"1")
         missing = [index for index in range(self.count) if index != self.index]
-        begun = looked = time.monotonic()
+        begun, looked = time.monotonic(), -math.inf
         while missing := [index for index in missing if not self._has_come(index)]:
             now = time.monotonic()
-            if now - looked > BEAT / 2:
+            if now - looked > BEAT / 4:
                 looked = now
                 self._raise_if_gone(missing)
-            time.sleep(min(BEAT / 4, (now - begun) / 20 + 0.0005))  # the store's own wait writes warnings
+            time.sleep(min(BEAT / 8, (now - begun) / 20 + 0.0005))  # the store's own wait writes warnings
         with self._reachable():
             self.store.delete_key(f"met/{self._meetings - 1}/{self.index}")  # all others are past it
 
