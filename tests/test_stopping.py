@@ -106,9 +106,11 @@ def test_a_signal_to_all_processes_leaves_the_step_its_batches(tmp_path, name):
 @pytest.mark.parametrize("context", ["fork", "forkserver"])
 def test_processes_that_load_data_end_when_the_trainer_says_so(context):
     """The trainer need not be the parent: a fork server is."""
-    process = multiprocessing.get_context(context).Process(target=_loading, args=(os.getpid(),))
+    context = multiprocessing.get_context(context)
+    ready = context.Event()
+    process = context.Process(target=_loading, args=(os.getpid(), ready))
     process.start()
-    time.sleep(4 if context == "forkserver" else 0.5)  # it imports first
+    assert ready.wait(60)
     subprocess.run(["kill", "-TERM", str(process.pid)], check=True)
     process.join(1)
     assert process.exitcode is None
@@ -118,8 +120,9 @@ def test_processes_that_load_data_end_when_the_trainer_says_so(context):
     process.kill()
 
 
-def _loading(trainer):
+def _loading(trainer, ready):
     end_with_trainer_only(0, trainer)
+    ready.set()
     time.sleep(60)
 
 
