@@ -166,7 +166,7 @@ def measure(name: str, *, steps: int, micro_batches: int, tiny: bool) -> dict:
         "agents": agents,
         "batch": batch,
         "micro_batches": micro_batches,
-        "hosting": "one batch" if trainer.hosting.batched else "in turn",
+        "hosting": "one batch" if trainer.decaf_hosting.batched else "in turn",
         "tokens": tokens,
         "peak_gib": peak / 2**30,
         "base_gib": base / 2**30,

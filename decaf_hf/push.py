@@ -40,7 +40,7 @@ class PushCallback(TrainerCallback):
         round_index = state.global_step // args.local_steps
         snapshot = self.snapshots / f"round-{round_index}"
         self.trainer.save_model(str(snapshot))  # every process hands over its agents, whether or not a push follows
-        if not self.trainer.processes.is_main:
+        if not self.trainer.decaf_processes.is_main:
             return
         if self.push is not None and not self.push.done():
             self.say(f"round {round_index} is not published: the push of an earlier round still goes on")

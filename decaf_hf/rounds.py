@@ -280,7 +280,7 @@ class RoundCallback(TrainerCallback):
 
     def __init__(self, trainer: "DecentralizedMixin"):
         self.trainer = trainer
-        self.network: Network = trainer.network
+        self.network: Network = trainer.decaf_network
         self.metrics = Path(trainer.args.output_dir) / "metrics.jsonl"
         self.pending: dict | None = None  # the round's line, kept back until its evaluation is in
         self.progress: Progress | None = None
@@ -316,7 +316,7 @@ class RoundCallback(TrainerCallback):
         self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        stopping = self.trainer.stopping
+        stopping = self.trainer.decaf_stopping
         if state.global_step % args.local_steps:
             if self.network.processes.count == 1 and stopping.signal is not None:
                 control.should_save = control.should_training_stop = True
@@ -327,7 +327,7 @@ class RoundCallback(TrainerCallback):
         done = self.network.mix(round_index)
         self.network.carry_over(self.trainer.optimizer, done)
         mixed = self._now()
-        own = {"loss": self.trainer.mean_loss(), **self.network.measure(done)}
+        own = {"loss": self.trainer.decaf_mean_loss(), **self.network.measure(done)}
         refused = [(e.agent, other, share) for e in done for other, share in e.kept.items() if share < 1]
         everyone = self.network.gather()
         mine = (len(self.network.agents), own, refused, stopping.signal)
@@ -367,7 +367,7 @@ class RoundCallback(TrainerCallback):
 
     def on_evaluate(self, args, state, control, **kwargs):
         if self.pending is not None:
-            self.pending["eval"] = self.trainer.evaluation
+            self.pending["eval"] = self.trainer.decaf_evaluation
             self._write()
         self.started = self._now()  # evaluating is no part of the next round's training time
 

@@ -170,13 +170,15 @@ def _train(
             write_text(folder / "partition.json", json.dumps(partition, indent=2) + "\n")
     exchange.barrier(processes)
     print_partition(sites.table, sites.columns, console, sites.describe(recipe.evaluation.split))
-    gap = trainer.schedule.spectral_gap
-    console.print(f"{recipe.algorithm.name} on {trainer.schedule.topology}, spectral gap {gap:.3f}", highlight=False)
+    gap = trainer.decaf_schedule.spectral_gap
+    console.print(
+        f"{recipe.algorithm.name} on {trainer.decaf_schedule.topology}, spectral gap {gap:.3f}", highlight=False
+    )
     push = None
     if recipe.hub.repo_id is not None and recipe.hub.every_rounds is not None:
         push = PushCallback(trainer, recipe.hub, say=lambda text: print(text, file=sys.stderr, flush=True))
         trainer.add_callback(push)
-    start = trainer.newest_checkpoint() if resume else None
+    start = trainer.decaf_newest_checkpoint() if resume else None
     if resume:
         console.print(f"resuming at {start}", highlight=False, soft_wrap=True)
     try:
@@ -295,7 +297,7 @@ def build_trainer(recipe: Recipe, sites: Sites, processes: Processes) -> Decentr
 
 def _try_out(trainer: DecentralizedTrainer) -> None:
     """What would otherwise fail in the first step, when the run folder is already there."""
-    trainer.choose_hosting()
+    trainer.decaf_choose_hosting()
     with _of_training():
         trainer.create_optimizer_and_scheduler(trainer.args.max_steps)
 
@@ -428,8 +430,8 @@ def _first_difference(before: dict, after: dict, where: str = "") -> str | None:
 
 def _say_end(console: Console, recipe: Recipe, trainer: DecentralizedTrainer) -> None:
     folder = recipe.run_folder
-    consensus = trainer.evaluation["consensus"]
-    mean = trainer.evaluation["agents_mean"]
+    consensus = trainer.decaf_evaluation["consensus"]
+    mean = trainer.decaf_evaluation["agents_mean"]
     console.print(
         "\n".join(f"{name}: consensus {consensus[name]:.3f}, agents' mean {mean[name]:.3f}" for name in consensus),
         highlight=False,

@@ -82,41 +82,47 @@ class DecentralizedMixin:
             raise DecafError(f"{type(model).__name__} has no gradient_checkpointing; leave it out")
         if (kwargs.get("optimizers") or (None, None))[0] is not None:
             raise DecafError("the agents' adapters are made here: pass optimizer_cls_and_kwargs, not optimizers")
-        self.processes = args.processes
-        self.agents = list(self.processes.agents(args.num_learners))
-        self.schedule = _schedule(args)
-        self.train_sets = exchange.together(self.processes, lambda: self._own_sets(train_dataset, args))
-        eval_dataset = self._hosted_eval(eval_dataset, args)
-        self._set_length(args)
+        self.decaf_processes = args.processes
+        self.decaf_agents = list(self.decaf_processes.agents(args.num_learners))
+        self.decaf_schedule = _schedule(args)
+        self.decaf_train_sets = exchange.together(
+            self.decaf_processes, lambda: self._decaf_own_sets(train_dataset, args)
+        )
+        eval_dataset = self._decaf_hosted_eval(eval_dataset, args)
+        self._decaf_set_length(args)
 
         base = {f"base {name}": tensor for name, tensor in frozen(model).items()}
-        self.base_digest = digest(base)
+        self.decaf_base_digest = digest(base)
         with torch.random.fork_rng():
             torch.manual_seed(stream_seed(args.seed, "adapter"))
             model = add_agents(
                 model,
                 peft_config,
-                self.agents,
+                self.decaf_agents,
                 freeze_a=ALGORITHMS[args.algorithm].freezes_a,
                 ranks=args.lora_ranks,
             )
         start = {f"adapter {k}": v for k, v in trainable(model, CONSENSUS).items()}
-        if self.processes.count > 1:
-            tensors = {**base, **start, "mixing matrix of round 1": self.schedule.matrix(1)}
+        if self.decaf_processes.count > 1:
+            tensors = {**base, **start, "mixing matrix of round 1": self.decaf_schedule.matrix(1)}
             digests = {name: digest({name: tensor})[:16] for name, tensor in tensors.items()}
             config = model.peft_config[CONSENSUS].to_dict()
             lora = {f"lora {name}": _text(value) for name, value in config.items()}
-            exchange.agree(self.processes, {**_comparable(args), **lora, **digests})
-        self.hosting = Hosting(model, self.agents, mode=args.hosting, seed=args.seed, base_dropout=args.base_dropout)
+            exchange.agree(self.decaf_processes, {**_comparable(args), **lora, **digests})
+        self.decaf_hosting = Hosting(
+            model, self.decaf_agents, mode=args.hosting, seed=args.seed, base_dropout=args.base_dropout
+        )
         # Our losses are plain means over an agent's rows of one micro-batch; the Trainer divides by their number.
         self.loss_is_scaled_for_ga = False
-        super().__init__(model, args, data_collator, _concatenate(self.train_sets), eval_dataset, *pos_args, **kwargs)
-        self.network = Network(
+        super().__init__(
+            model, args, data_collator, _concatenate(self.decaf_train_sets), eval_dataset, *pos_args, **kwargs
+        )
+        self.decaf_network = Network(
             self.model,
-            self.processes,
+            self.decaf_processes,
             args.num_learners,
             args.algorithm,
-            self.schedule,
+            self.decaf_schedule,
             split=args.split,
             align=args.align,
             ranks=args.lora_ranks,
@@ -125,29 +131,29 @@ class DecentralizedMixin:
             faults=Faults(args.link_failure, args.agent_absence, fault_seed(args.seed)),
             robust=args.robust,
         )
-        self._process_names = exchange.gather_objects(self.processes, process_name(self.processes))
-        self.left: list[checkpoint.Gone] = []  # processes that stayed away, with their agents
-        self.gone: dict[int, bytes] = {}  # the files of these agents in the checkpoint that was resumed
-        self._undamaged: Path | None = None  # the checkpoint that newest_checkpoint has read whole
-        self.evaluation: dict[str, Any] | None = None  # the newest one, as it stands in metrics.jsonl
-        self._evaluated_step: int | None = None
-        self._augment = augment
-        self._losses: list[Tensor] = []  # (hosted agents,) per micro-batch since the last round
-        self._tokens: Tensor | None = None  # (hosted agents,) of a language model's step, all micro-batches
-        self._micro_step = 0
+        self._decaf_process_names = exchange.gather_objects(self.decaf_processes, process_name(self.decaf_processes))
+        self.decaf_left: list[checkpoint.Gone] = []  # processes that stayed away, with their agents
+        self.decaf_gone: dict[int, bytes] = {}  # the files of these agents in the checkpoint that was resumed
+        self._decaf_undamaged: Path | None = None  # the checkpoint that newest_checkpoint has read whole
+        self.decaf_evaluation: dict[str, Any] | None = None  # the newest one, as it stands in metrics.jsonl
+        self._decaf_evaluated_step: int | None = None
+        self._decaf_augment = augment
+        self._decaf_losses: list[Tensor] = []  # (hosted agents,) per micro-batch since the last round
+        self._decaf_tokens: Tensor | None = None  # (hosted agents,) of a language model's step, all micro-batches
+        self._decaf_micro_step = 0
         for callback in (ProgressCallback, PrinterCallback):
             self.remove_callback(callback)
-        self.rounds = RoundCallback(self)
-        self.add_callback(self.rounds)
+        self.decaf_rounds = RoundCallback(self)
+        self.add_callback(self.decaf_rounds)
 
     # ---- data
 
-    def _own_sets(self, train_dataset: Any, args: DecentralizedConfig) -> list[Any]:
+    def _decaf_own_sets(self, train_dataset: Any, args: DecentralizedConfig) -> list[Any]:
         if train_dataset is None:
             return []
         if isinstance(train_dataset, list | tuple):
-            self._check_count("train_dataset", train_dataset, args)
-            own = [train_dataset[agent] for agent in self.agents]
+            self._decaf_check_count("train_dataset", train_dataset, args)
+            own = [train_dataset[agent] for agent in self.decaf_agents]
             if ALGORITHMS[args.algorithm].pooled:
                 own = [_concatenate(list(train_dataset))]
         elif ALGORITHMS[args.algorithm].pooled:
@@ -163,8 +169,8 @@ class DecentralizedMixin:
                 min_samples=max(2, args.per_device_train_batch_size),
                 seed=stream_seed(args.seed, "partition") % 2**32,
             )
-            own = [train_dataset.select(parts[agent]) for agent in self.agents]
-        for agent, data in zip(self.agents, own, strict=True):
+            own = [train_dataset.select(parts[agent]) for agent in self.decaf_agents]
+        for agent, data in zip(self.decaf_agents, own, strict=True):
             if data is None or len(data) < max(2, args.per_device_train_batch_size):
                 raise DecafError(
                     f"agent {agent} has {0 if data is None else len(data)} training samples, fewer than the "
@@ -173,52 +179,54 @@ class DecentralizedMixin:
                 )
         return own
 
-    def _hosted_eval(self, data: Any, args: DecentralizedConfig) -> Any:
+    def _decaf_hosted_eval(self, data: Any, args: DecentralizedConfig) -> Any:
         """Held-out data of this process: one data set for all, or the hosted agents' own."""
         if isinstance(data, dict):
             raise DecafError("eval_dataset is one data set or a list with each agent's own, not a dictionary")
         if not isinstance(data, list | tuple):
             return data
-        self._check_count("eval_dataset", data, args)
-        return [_concatenate(list(data))] if ALGORITHMS[args.algorithm].pooled else [data[a] for a in self.agents]
+        self._decaf_check_count("eval_dataset", data, args)
+        return (
+            [_concatenate(list(data))] if ALGORITHMS[args.algorithm].pooled else [data[a] for a in self.decaf_agents]
+        )
 
-    def _check_count(self, what: str, data: Sequence, args: DecentralizedConfig) -> None:
+    def _decaf_check_count(self, what: str, data: Sequence, args: DecentralizedConfig) -> None:
         if len(data) != args.num_agents:
             raise DecafError(f"{what} lists {len(data)} data sets for {args.num_agents} agents; give one per agent")
 
-    def _set_length(self, args: DecentralizedConfig) -> None:
+    def _decaf_set_length(self, args: DecentralizedConfig) -> None:
         """Fix the number of steps: whole rounds, and an epoch in which the agents draw as many samples as they own."""
-        owned = exchange.gather_objects(self.processes, sum(len(data) for data in self.train_sets))
+        owned = exchange.gather_objects(self.decaf_processes, sum(len(data) for data in self.decaf_train_sets))
         drawn = args.num_learners * args.agent_batch_size * args.gradient_accumulation_steps
-        self.steps_per_epoch = max(1, math.ceil(sum(owned) / drawn))
+        self.decaf_steps_per_epoch = max(1, math.ceil(sum(owned) / drawn))
         if args.max_steps > 0 and args.max_steps % args.local_steps:
             raise DecafError(
                 f"max_steps={args.max_steps} is no multiple of local_steps={args.local_steps}; a run ends with a round"
             )
         if args.max_steps <= 0:
-            steps = math.ceil(args.num_train_epochs * self.steps_per_epoch)
+            steps = math.ceil(args.num_train_epochs * self.decaf_steps_per_epoch)
             args.max_steps = math.ceil(steps / args.local_steps) * args.local_steps
 
     def get_train_dataloader(self):
         """Agent-major batches: `per_device_train_batch_size` rows of each hosted agent."""
-        if not self.train_sets:
+        if not self.decaf_train_sets:
             raise DecafError("training needs a train_dataset")
         args = self.args
         sampler = AgentMajorSampler(
-            [len(data) for data in self.train_sets],
-            self.agents,
+            [len(data) for data in self.decaf_train_sets],
+            self.decaf_agents,
             batch_size=args.agent_batch_size,
-            batches=self.steps_per_epoch * args.gradient_accumulation_steps,
+            batches=self.decaf_steps_per_epoch * args.gradient_accumulation_steps,
             seed=args.seed if args.data_seed is None else args.data_seed,
-            first_batch=self._first_batch_of_epoch,
+            first_batch=self._decaf_first_batch_of_epoch,
         )
         dataset = self.train_dataset
-        if self._augment is not None:
-            dataset, sampler.draws = Augmented(dataset, self._augment), True
+        if self._decaf_augment is not None:
+            dataset, sampler.draws = Augmented(dataset, self._decaf_augment), True
         return self._get_dataloader(
             dataset=dataset,
             description="Training",
-            batch_size=args.agent_batch_size * len(self.agents),
+            batch_size=args.agent_batch_size * len(self.decaf_agents),
             sampler_fn=lambda _: sampler,
             is_training=True,
         )
@@ -229,14 +237,14 @@ class DecentralizedMixin:
         own.worker_init_fn = partial(end_with_trainer_only, trainer=os.getpid(), then=own.worker_init_fn)
         return loader
 
-    def _first_batch_of_epoch(self) -> int:
-        epoch = self.state.global_step // self.steps_per_epoch
-        return epoch * self.steps_per_epoch * self.args.gradient_accumulation_steps
+    def _decaf_first_batch_of_epoch(self) -> int:
+        epoch = self.state.global_step // self.decaf_steps_per_epoch
+        return epoch * self.decaf_steps_per_epoch * self.args.gradient_accumulation_steps
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As `Trainer.create_optimizer`; raises `DecafError` where `optimizer_state` is impossible."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.network.optimizer_state == "rotated":
+        if self.decaf_network.optimizer_state == "rotated":
             optimizer_state.check_turnable(optimizer)
         return optimizer
 
@@ -245,74 +253,74 @@ class DecentralizedMixin:
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """As `Trainer.get_batch_samples`; counts each agent's own tokens besides."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._tokens = None
-        if self._counts_tokens and batches and "labels" in batches[0]:
+        self._decaf_tokens = None
+        if self._decaf_counts_tokens and batches and "labels" in batches[0]:
             told = [batch["labels"][:, 1:].ne(-100) for batch in batches]  # what a token predicts is the next one
-            agents = range(len(self.agents))
-            self._tokens = torch.stack(
-                [sum(part.chunk(len(self.agents))[agent].sum() for part in told) for agent in agents]
+            agents = range(len(self.decaf_agents))
+            self._decaf_tokens = torch.stack(
+                [sum(part.chunk(len(self.decaf_agents))[agent].sum() for part in told) for agent in agents]
             ).to(device)
         return batches, count
 
     @property
-    def _counts_tokens(self) -> bool:
+    def _decaf_counts_tokens(self) -> bool:
         return getattr(self.model.get_base_model(), "loss_type", None) == "ForCausalLM"
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward for every hosted agent; returns the mean of their losses, as the Trainer's own does
         divided by the number of batches that gradient accumulation adds up."""
         inputs = self._prepare_inputs(inputs)
-        if self.hosting.batched is None:
-            self.choose_hosting(inputs)
-        clock = self.hosting.clock
+        if self.decaf_hosting.batched is None:
+            self.decaf_choose_hosting(inputs)
+        clock = self.decaf_hosting.clock
         clock.step = self.state.global_step
-        clock.micro_step = self._micro_step
+        clock.micro_step = self._decaf_micro_step
         accumulated = self.current_gradient_accumulation_steps
-        self._micro_step = (self._micro_step + 1) % accumulated
-        if self.hosting.batched:
-            with self.hosting.together(inputs):
+        self._decaf_micro_step = (self._decaf_micro_step + 1) % accumulated
+        if self.decaf_hosting.batched:
+            with self.decaf_hosting.together(inputs):
                 super().training_step(model, inputs)
-            losses = self._agent_losses
+            losses = self._decaf_agent_losses
         else:
             losses = []
-            for index, agent in enumerate(self.agents):
-                rows = self.hosting.rows(inputs, index)
-                tokens = None if self._tokens is None else self._tokens[index]
-                with self.hosting.alone(agent, rows):
+            for index, agent in enumerate(self.decaf_agents):
+                rows = self.decaf_hosting.rows(inputs, index)
+                tokens = None if self._decaf_tokens is None else self._decaf_tokens[index]
+                with self.decaf_hosting.alone(agent, rows):
                     losses.append(super().training_step(model, rows, tokens))
             losses = torch.stack(losses) * accumulated  # the Trainer divided them
-        self._check_finite(losses)
-        self._losses.append(losses)
+        self._decaf_check_finite(losses)
+        self._decaf_losses.append(losses)
         return losses.mean() / accumulated
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ):
         """In a shared batch the sum of the agents' own losses, so that each adapter gets exactly its own gradient."""
-        if not self.hosting.sharing:
+        if not self.decaf_hosting.sharing:
             answer = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             judging = return_outputs or num_items_in_batch is None
             return answer if judging else answer * self.current_gradient_accumulation_steps
         labels = inputs.pop("labels")
-        outputs = self.hosting.forward(model, inputs)
-        count = len(self.agents)
-        tokens = [None] * count if self._tokens is None else self._tokens
+        outputs = self.decaf_hosting.forward(model, inputs)
+        count = len(self.decaf_agents)
+        tokens = [None] * count if self._decaf_tokens is None else self._decaf_tokens
         parts = zip(outputs["logits"].chunk(count), labels.chunk(count), tokens, strict=True)
-        losses = torch.stack([self._rows_loss(*part) for part in parts])
-        self._agent_losses = losses.detach()
+        losses = torch.stack([self._decaf_rows_loss(*part) for part in parts])
+        self._decaf_agent_losses = losses.detach()
         return losses.sum()
 
     @property
-    def current_evaluation(self) -> dict[str, Any] | None:
+    def decaf_current_evaluation(self) -> dict[str, Any] | None:
         """The newest evaluation, if it judged the adapters as they are now."""
-        return self.evaluation if self._evaluated_step == self.state.global_step else None
+        return self.decaf_evaluation if self._decaf_evaluated_step == self.state.global_step else None
 
-    def mean_loss(self) -> float:
+    def decaf_mean_loss(self) -> float:
         """Mean loss of the hosted agents since the last call; nan before the first step."""
-        losses, self._losses = self._losses, []
+        losses, self._decaf_losses = self._decaf_losses, []
         return torch.stack(losses).mean().item() if losses else math.nan
 
-    def _rows_loss(self, logits: Tensor, labels: Tensor, tokens: Tensor | None) -> Tensor:
+    def _decaf_rows_loss(self, logits: Tensor, labels: Tensor, tokens: Tensor | None) -> Tensor:
         """One agent's loss of one micro-batch; `tokens` are those of all micro-batches of the step, which the Trainer
         divides by in the number of micro-batches."""
         base = self.model.get_base_model()
@@ -320,16 +328,16 @@ class DecentralizedMixin:
         if self.compute_loss_func is not None:
             loss = self.compute_loss_func({"logits": logits}, labels, num_items_in_batch=tokens)
         elif self.label_smoother is not None:
-            shift = self._counts_tokens
+            shift = self._decaf_counts_tokens
             loss = self.label_smoother({"logits": logits}, labels, shift_labels=shift, num_items_in_batch=tokens)
-        elif self._counts_tokens:
+        elif self._decaf_counts_tokens:
             size = base.config.get_text_config().vocab_size
             loss = base.loss_function(logits=logits, labels=labels, vocab_size=size, num_items_in_batch=tokens)
         else:
             loss = base.loss_function(labels=labels, pooled_logits=logits, config=base.config)
         return loss * accumulated
 
-    def _loss_obstacle(self) -> str | None:
+    def _decaf_loss_obstacle(self) -> str | None:
         """Why the loss cannot be cut into the agents' own, or None."""
         if type(self).compute_loss is not DecentralizedMixin.compute_loss:
             return f"{type(self).__name__} computes its own loss"
@@ -338,12 +346,12 @@ class DecentralizedMixin:
             return f"a loss of type {loss_type} may couple samples"
         return None
 
-    def _check_finite(self, losses: Tensor) -> None:
+    def _decaf_check_finite(self, losses: Tensor) -> None:
         finite = torch.isfinite(losses)
         if not bool(finite.all()):
             index = int((~finite).nonzero()[0])
             raise DecafError(
-                f"agent {self.agents[index]}: loss {losses[index].item()} at step {self.state.global_step + 1}; "
+                f"agent {self.decaf_agents[index]}: loss {losses[index].item()} at step {self.state.global_step + 1}; "
                 "lower learning_rate or set max_grad_norm; what earlier rounds saved is kept"
             )
 
@@ -351,11 +359,12 @@ class DecentralizedMixin:
         """Clip each agent's gradient by its own norm; returns the mean of the norms."""
         self.accelerator.unscale_gradients()
         norms = [
-            nn.utils.clip_grad_norm_(own.values(), self.args.max_grad_norm) for own in self.network.parameters.values()
+            nn.utils.clip_grad_norm_(own.values(), self.args.max_grad_norm)
+            for own in self.decaf_network.parameters.values()
         ]
         return torch.stack(norms).mean()
 
-    def choose_hosting(self, inputs: dict[str, Any] | None = None) -> None:
+    def decaf_choose_hosting(self, inputs: dict[str, Any] | None = None) -> None:
         """Settle whether the hosted agents share batches, on the first batch, and say so; training does it by itself.
 
         Raises `DecafError` if `hosting="batched"` is impossible.
@@ -365,10 +374,10 @@ class DecentralizedMixin:
         side = getattr(self.processing_class, "padding_side", "right")
         if "logits_to_keep" in inputs:  # they are those of the last columns, so these are no padding
             side = "left"
-        self.hosting.decide(self.model, inputs, self._loss_obstacle(), side)
-        if len(self.agents) > 1 and self.processes.is_main:
-            way = "share each batch" if self.hosting.batched else "take turns"
-            print(f"agents of one process {way}: {self.hosting.reason}", flush=True)
+        self.decaf_hosting.decide(self.model, inputs, self._decaf_loss_obstacle(), side)
+        if len(self.decaf_agents) > 1 and self.decaf_processes.is_main:
+            way = "share each batch" if self.decaf_hosting.batched else "take turns"
+            print(f"agents of one process {way}: {self.decaf_hosting.reason}", flush=True)
 
     # ---- judging
 
@@ -376,14 +385,14 @@ class DecentralizedMixin:
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Judge the consensus and every agent; the metrics name which: `eval_consensus_accuracy`, `eval_agent3_loss`,
-        `eval_agents_mean_accuracy`, `eval_agents_min_accuracy`, `eval_agents_max_loss`. `self.evaluation` holds the
-        same, nested, when it is the trainer's own held-out data that was judged."""
-        data = self.eval_dataset if eval_dataset is None else self._hosted_eval(eval_dataset, self.args)
+        `eval_agents_mean_accuracy`, `eval_agents_min_accuracy`, `eval_agents_max_loss`. `self.decaf_evaluation` holds
+        the same, nested, when it is the trainer's own held-out data that was judged."""
+        data = self.eval_dataset if eval_dataset is None else self._decaf_hosted_eval(eval_dataset, self.args)
         if data is None:
             raise DecafError("evaluation needs an eval_dataset")
-        judged = self._judge(data, ignore_keys)
+        judged = self._decaf_judge(data, ignore_keys)
         if eval_dataset is None:
-            self.evaluation, self._evaluated_step = judged, self.state.global_step
+            self.decaf_evaluation, self._decaf_evaluated_step = judged, self.state.global_step
         flat = {
             f"{metric_key_prefix}_{who}_{metric}": value
             for who in ("consensus", "agents_mean", "agents_min", "agents_max")
@@ -399,26 +408,26 @@ class DecentralizedMixin:
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, flat)
         return flat
 
-    def _judge(self, data: Any, ignore_keys: list[str] | None) -> dict[str, Any]:
+    def _decaf_judge(self, data: Any, ignore_keys: list[str] | None) -> dict[str, Any]:
         own = isinstance(data, list | tuple)
-        everyone = self.network.gather(everywhere=own)
+        everyone = self.decaf_network.gather(everywhere=own)
         if everyone:
-            write(trainable(self.model, CONSENSUS), self.network.consensus(everyone))
+            write(trainable(self.model, CONSENSUS), self.decaf_network.consensus(everyone))
         agents = []
-        for index, agent in enumerate(self.agents):
+        for index, agent in enumerate(self.decaf_agents):
             held_out = data[index] if own else data
-            metrics = self._metrics(agent_name(agent), held_out, ignore_keys)
-            on_own = self._metrics(CONSENSUS, held_out, ignore_keys) if own else None
+            metrics = self._decaf_metrics(agent_name(agent), held_out, ignore_keys)
+            on_own = self._decaf_metrics(CONSENSUS, held_out, ignore_keys) if own else None
             agents.append((agent, metrics, on_own, len(held_out)))
-        agents = sorted(entry for part in exchange.gather_objects(self.processes, agents) for entry in part)
+        agents = sorted(entry for part in exchange.gather_objects(self.decaf_processes, agents) for entry in part)
         if own:
             # No one sees all the data, so the consensus is judged at every agent, each held-out sample counting once.
             total = sum(count for *_, count in agents)
             names = agents[0][2]
             consensus = {name: sum(count * metrics[name] for *_, metrics, count in agents) / total for name in names}
         else:
-            consensus = self._metrics(CONSENSUS, data, ignore_keys) if self.processes.is_main else None
-            consensus = exchange.gather_objects(self.processes, consensus)[0]
+            consensus = self._decaf_metrics(CONSENSUS, data, ignore_keys) if self.decaf_processes.is_main else None
+            consensus = exchange.gather_objects(self.decaf_processes, consensus)[0]
         per_agent = [metrics for _, metrics, *_ in agents]
         by_number = {agent: metrics for agent, metrics, *_ in agents}
         names = list(per_agent[0])
@@ -432,8 +441,8 @@ class DecentralizedMixin:
             "agents_max": {n: max(metrics[n] for metrics in per_agent) for n in names if n in LOWER_IS_BETTER},
         }
 
-    def _metrics(self, name: str, data: Any, ignore_keys: list[str] | None) -> dict[str, float]:
-        self.hosting.activate(name)
+    def _decaf_metrics(self, name: str, data: Any, ignore_keys: list[str] | None) -> dict[str, float]:
+        self.decaf_hosting.activate(name)
         output = self.evaluation_loop(
             self.get_eval_dataloader(data),
             description=f"Evaluation of {name}",
@@ -453,55 +462,58 @@ class DecentralizedMixin:
         signal takes its course: SystemExit(143) or KeyboardInterrupt.
         """
         if not resume_from_checkpoint:
-            exchange.together(self.processes, self._check_no_checkpoint)
+            exchange.together(self.decaf_processes, self._decaf_check_no_checkpoint)
         else:
             if resume_from_checkpoint is True:
-                resume_from_checkpoint = self.newest_checkpoint()
+                resume_from_checkpoint = self.decaf_newest_checkpoint()
             folder = Path(resume_from_checkpoint)
-            exchange.together(self.processes, lambda: self._check_checkpoint(folder))
+            exchange.together(self.decaf_processes, lambda: self._decaf_check_checkpoint(folder))
             state = TrainerState.load_from_json(str(folder / checkpoint.STATE_NAME))
-            if folder == self._undamaged:  # the newest, so that what is removed is older
-                self._rotate_checkpoints(folder.parent, state)
-            self._take_over(folder, state.global_step // self.args.local_steps)
+            if folder == self._decaf_undamaged:  # the newest, so that what is removed is older
+                self._decaf_rotate_checkpoints(folder.parent, state)
+            self._decaf_take_over(folder, state.global_step // self.args.local_steps)
             if state.global_step >= self.args.max_steps:
-                return self._finished(resume_from_checkpoint, state)
-        with Stopping("the step" if self.processes.count == 1 else "the round") as self.stopping:
+                return self._decaf_finished(resume_from_checkpoint, state)
+        with Stopping("the step" if self.decaf_processes.count == 1 else "the round") as self.decaf_stopping:
             try:
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             except LostProcessError as error:
-                raise self._lost(error) from error
+                raise self._decaf_lost(error) from error
         if self.state.global_step < self.args.max_steps:
-            self._say_stopped()
-            self.stopping.raise_if_asked()
+            self._decaf_say_stopped()
+            self.decaf_stopping.raise_if_asked()
         return output
 
-    def _lost(self, error: LostProcessError) -> LostProcessError:
+    def _decaf_lost(self, error: LostProcessError) -> LostProcessError:
         """The same, with the agents that are gone and the round."""
-        blocks = [self.processes.agents(self.args.num_learners, index) for index in error.gone]
+        blocks = [self.decaf_processes.agents(self.args.num_learners, index) for index in error.gone]
         hosted = f" and with {'it' if len(blocks) == 1 else 'them'} {', '.join(map(span, blocks))}" if blocks else ""
         round_index = self.state.global_step // self.args.local_steps
         why = f"{error}{hosted}, noticed at round {round_index}; what was saved is kept, go on with --resume"
         return LostProcessError(error.gone, why)
 
-    def placement(self) -> checkpoint.Placement:
+    def decaf_placement(self) -> checkpoint.Placement:
         """Who hosts whom in this start of the run, and who is gone."""
-        blocks = [list(self.processes.agents(self.args.num_learners, index)) for index in range(self.processes.count)]
-        return {"processes": list(zip(self._process_names, blocks, strict=True)), "gone": self.left}
+        blocks = [
+            list(self.decaf_processes.agents(self.args.num_learners, index))
+            for index in range(self.decaf_processes.count)
+        ]
+        return {"processes": list(zip(self._decaf_process_names, blocks, strict=True)), "gone": self.decaf_left}
 
-    def _take_over(self, folder: Path, round_index: int) -> None:
+    def _decaf_take_over(self, folder: Path, round_index: int) -> None:
         """Note which agents are gone since when, and keep their files: they go on into every checkpoint."""
         before = checkpoint.placement(folder)
-        known = [entry for entry in before["gone"] if set(entry["agents"]) <= self.network.gone]
-        hosted = [(name, sorted(set(agents) & self.network.gone)) for name, agents in before["processes"]]
+        known = [entry for entry in before["gone"] if set(entry["agents"]) <= self.decaf_network.gone]
+        hosted = [(name, sorted(set(agents) & self.decaf_network.gone)) for name, agents in before["processes"]]
         new = [{"process": name, "agents": agents, "round": round_index} for name, agents in hosted if agents]
-        self.left = [*known, *new]
-        self.gone = {
-            agent: (folder / checkpoint.agent_file(agent)).read_bytes() for agent in sorted(self.network.gone)
+        self.decaf_left = [*known, *new]
+        self.decaf_gone = {
+            agent: (folder / checkpoint.agent_file(agent)).read_bytes() for agent in sorted(self.decaf_network.gone)
         }
 
-    def _say_stopped(self) -> None:
+    def _decaf_say_stopped(self) -> None:
         """Tell where a run was stopped, by a signal or a callback, and how it goes on."""
-        if self.processes.is_main and self.stopping.signal is not None:
+        if self.decaf_processes.is_main and self.decaf_stopping.signal is not None:
             step, local_steps = self.state.global_step, self.args.local_steps
             done = f"step {step}, round {step // local_steps} of {self.args.max_steps // local_steps} done"
             print(
@@ -511,12 +523,12 @@ class DecentralizedMixin:
                 flush=True,
             )
 
-    def newest_checkpoint(self) -> str:
+    def decaf_newest_checkpoint(self) -> str:
         """The newest complete checkpoint of the output folder, the same in every process; damaged ones newer than it
         are set aside, and it is said why. Raises `DecafError` where there is none."""
 
         def choose() -> str | None:
-            if not self.processes.is_main:
+            if not self.decaf_processes.is_main:
                 return None
             path, skipped = checkpoint.newest(self.args.output_dir)
             told = [f"{checkpoint.set_aside(old) if path else old}: {why}" for old, why in skipped.items()]
@@ -525,49 +537,49 @@ class DecentralizedMixin:
                 raise DecafError(f"no checkpoint to resume from in {self.args.output_dir}/checkpoints{all_damaged}")
             for line in told:
                 print(f"skipped a damaged checkpoint, now {line}", file=sys.stderr, flush=True)
-            self._undamaged = path
+            self._decaf_undamaged = path
             return str(path)
 
-        return exchange.gather_objects(self.processes, exchange.together(self.processes, choose))[0]
+        return exchange.gather_objects(self.decaf_processes, exchange.together(self.decaf_processes, choose))[0]
 
-    def _check_no_checkpoint(self) -> None:
+    def _decaf_check_no_checkpoint(self) -> None:
         found = checkpoint.checkpoints(self.args.output_dir)
         if found:
             raise DecafError(f"{found[0]} is of another run; resume it, remove it or choose another output_dir")
 
-    def _check_checkpoint(self, path: Path) -> None:
+    def _decaf_check_checkpoint(self, path: Path) -> None:
         """Raise `DecafError` for a checkpoint that is damaged or another base model's."""
-        problem = checkpoint.damage(path) if self.processes.is_main and path != self._undamaged else None
-        if problem is None and checkpoint.base_digest(path) != self.base_digest:
+        problem = checkpoint.damage(path) if self.decaf_processes.is_main and path != self._decaf_undamaged else None
+        if problem is None and checkpoint.base_digest(path) != self.decaf_base_digest:
             problem = "its adapters are of another base model; load the weights that the run was started with"
         if problem is not None:
             raise DecafError(f"{path} cannot be resumed from: {problem}")
 
-    def _finished(self, folder: str, state: TrainerState) -> TrainOutput:
+    def _decaf_finished(self, folder: str, state: TrainerState) -> TrainOutput:
         """Take up a run whose last round is done; the Trainer's own loop would add a step."""
         self.state = state
         self._load_from_checkpoint(folder)
-        if self.processes.is_main:
-            self.rounds.restore_metrics()
+        if self.decaf_processes.is_main:
+            self.decaf_rounds.restore_metrics()
         if self.eval_dataset is not None:
             self.evaluate()
         return TrainOutput(state.global_step, 0.0, {})
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write `consensus/`, `agents/<i>/` and `summary.json`; process 0 writes for all."""
-        everyone = self.network.gather()
-        if not self.processes.is_main:
+        everyone = self.decaf_network.gather()
+        if not self.decaf_processes.is_main:
             return
         folder = Path(output_dir or self.args.output_dir)
         config = copy.deepcopy(self.model.peft_config[CONSENSUS])
-        left_behind = {agent: checkpoint.adapter_of(content) for agent, content in self.gone.items()}
+        left_behind = {agent: checkpoint.adapter_of(content) for agent, content in self.decaf_gone.items()}
         for agent, tensors in {**everyone, **left_behind}.items():
             own = config if self.args.lora_ranks is None else with_rank(config, self.args.lora_ranks[agent])
             save_adapter(folder / "agents" / str(agent), tensors, own)
         for left in (folder / "agents").iterdir():  # of an earlier run with more agents
             if left.name not in map(str, {*everyone, *left_behind}):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
-        save_adapter(folder / "consensus", self.network.consensus(everyone), config)
+        save_adapter(folder / "consensus", self.decaf_network.consensus(everyone), config)
         write_summary(folder, self)
 
     def push_to_hub(
@@ -585,7 +597,7 @@ class DecentralizedMixin:
         `DecafError`, in one line, for what must not leave and for what the Hub refuses.
         """
         self.save_model()
-        if not self.processes.is_main:
+        if not self.decaf_processes.is_main:
             return []
         folder = Path(self.args.output_dir)
         hub = HubSection(
@@ -607,26 +619,26 @@ class DecentralizedMixin:
             if isinstance(callback, ExportableState):
                 self.state.stateful_callbacks[type(callback).__name__] = callback.state()
         started = time.perf_counter()
-        losses = torch.stack(self._losses) if self._losses else torch.zeros(0, len(self.agents))
+        losses = torch.stack(self._decaf_losses) if self._decaf_losses else torch.zeros(0, len(self.decaf_agents))
         written = checkpoint.save(
             folder,
-            self.processes,
-            self.network.parameters,
+            self.decaf_processes,
+            self.decaf_network.parameters,
             self.optimizer,
             self.lr_scheduler,
             self.state,
-            losses={agent: losses[:, index] for index, agent in enumerate(self.agents)},
-            progress=self.rounds.progress_so_far(),
-            metrics=self.rounds.metrics,
-            base_model_digest=self.base_digest,
-            placement=self.placement(),
-            gone=self.gone,
+            losses={agent: losses[:, index] for index, agent in enumerate(self.decaf_agents)},
+            progress=self.decaf_rounds.progress_so_far(),
+            metrics=self.decaf_rounds.metrics,
+            base_model_digest=self.decaf_base_digest,
+            placement=self.decaf_placement(),
+            gone=self.decaf_gone,
         )
-        self.rounds.count_checkpoint(time.perf_counter() - started, written)
-        if self.processes.is_main:
-            self._rotate_checkpoints(folder.parent, self.state)
+        self.decaf_rounds.count_checkpoint(time.perf_counter() - started, written)
+        if self.decaf_processes.is_main:
+            self._decaf_rotate_checkpoints(folder.parent, self.state)
 
-    def _rotate_checkpoints(self, place: Path, state: TrainerState) -> None:
+    def _decaf_rotate_checkpoints(self, place: Path, state: TrainerState) -> None:
         """Keep the newest `save_total_limit` and the best; done again on resume, for a kill may cut it short."""
         rotate_checkpoints(
             output_dir=str(place),
@@ -635,21 +647,24 @@ class DecentralizedMixin:
         )
 
     def _load_best_model(self) -> None:
-        checkpoint.load_adapters(Path(self.state.best_model_checkpoint), self.network.parameters)
+        checkpoint.load_adapters(Path(self.state.best_model_checkpoint), self.decaf_network.parameters)
         # of the adapters that are kept
-        self.evaluation, self._evaluated_step = self._judge(self.eval_dataset, None), self.state.global_step
+        self.decaf_evaluation, self._decaf_evaluated_step = (
+            self._decaf_judge(self.eval_dataset, None),
+            self.state.global_step,
+        )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
-        checkpoint.load_adapters(folder, self.network.parameters)
-        losses, progress = checkpoint.load_progress(folder, self.agents)
-        self._losses = list(losses.to(self.args.device))
-        self.rounds.resume(read_metrics(folder / checkpoint.METRICS), progress)
+        checkpoint.load_adapters(folder, self.decaf_network.parameters)
+        losses, progress = checkpoint.load_progress(folder, self.decaf_agents)
+        self._decaf_losses = list(losses.to(self.args.device))
+        self.decaf_rounds.resume(read_metrics(folder / checkpoint.METRICS), progress)
 
     def _load_optimizer_and_scheduler(self, resume_from_checkpoint: str | None) -> None:
         if resume_from_checkpoint is not None:
             checkpoint.load_training(
-                Path(resume_from_checkpoint), self.network.parameters, self.optimizer, self.lr_scheduler
+                Path(resume_from_checkpoint), self.decaf_network.parameters, self.optimizer, self.lr_scheduler
             )
 
     def _load_rng_state(self, resume_from_checkpoint: str | None) -> None:

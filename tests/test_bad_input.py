@@ -261,7 +261,7 @@ def broken_after(step: int):
     """A loss that turns into nan for agent 1 after some steps, as data with a poisoned row would."""
     from decaf_hf.trainer import DecentralizedMixin
 
-    original = DecentralizedMixin._check_finite
+    original = DecentralizedMixin._decaf_check_finite
 
     def check(self, losses):
         if self.state.global_step == step:
@@ -276,7 +276,7 @@ def test_non_finite_loss_keeps_the_last_good_round(folder, monkeypatch):
     rounds = "algorithm.rounds=4"
     assert command("train", "recipe.yaml", rounds, f"output_dir={folder / 'whole'}")[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr("decaf_hf.trainer.DecentralizedMixin._check_finite", broken_after(5))
+        patch.setattr("decaf_hf.trainer.DecentralizedMixin._decaf_check_finite", broken_after(5))
         code, _, err = command("train", "recipe.yaml", rounds)
     one_line(code, err, "agent 1: loss nan at step 6", "learning_rate")
     run = folder / "run"
@@ -479,7 +479,7 @@ def test_an_interrupted_run_says_how_to_go_on(folder, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("decaf_hf.trainer.DecentralizedMixin._check_finite", interrupt)
+    monkeypatch.setattr("decaf_hf.trainer.DecentralizedMixin._decaf_check_finite", interrupt)
     code, _, err = command("train", "recipe.yaml")
     assert (code, err) == (130, "decaf: interrupted; if a checkpoint was saved, go on with --resume\n")
 

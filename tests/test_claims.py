@@ -114,7 +114,7 @@ def test_agents_on_images_share_batches_and_train_as_in_turns():
         settings = {"agents": 3, "rounds": 2, "local_steps": 2, "learning_rate": 0.1, "optim": "sgd", "seed": 0}
         settings |= {"lora_rank": 2, "lora_alpha": 2, "dirichlet_alpha": 0.3, "topology": "ring"}
         end = digits.train(**settings, algorithm="decaf", hosting=hosting)
-        assert end.trainer.hosting.batched == (hosting == "batched")
+        assert end.trainer.decaf_hosting.batched == (hosting == "batched")
         ends[hosting] = tiny.adapters(end.trainer)
     # float32: only the order of additions differs
     tiny.assert_same(ends["batched"], ends["turns"], atol=1e-6)

@@ -597,7 +597,7 @@ def adapters(out):
 def test_a_run_that_was_cut_off_goes_on_at_its_checkpoint(recipe, monkeypatch, tmp_path, capsys):
     usual = {"grid": [], "seeds": [0, 1], "algorithms": ["decaf"]}
     whole = compared(recipe, tmp_path / "whole", REAL, **usual)
-    steps, check = [], DecentralizedMixin._check_finite
+    steps, check = [], DecentralizedMixin._decaf_check_finite
 
     def cut(trainer, losses):
         steps.append((Path(trainer.args.output_dir).name, trainer.state.global_step + 1))
@@ -610,11 +610,11 @@ def test_a_run_that_was_cut_off_goes_on_at_its_checkpoint(recipe, monkeypatch, t
         check(trainer, losses)
 
     monkeypatch.setattr(decaf_hf.run, "trial", lambda recipe: 1.0)
-    monkeypatch.setattr(DecentralizedMixin, "_check_finite", cut)
+    monkeypatch.setattr(DecentralizedMixin, "_decaf_check_finite", cut)
     with pytest.raises(KeyboardInterrupt):
         compared(recipe, tmp_path / "out", REAL, **usual)
     assert steps == [("seed-0", 1), ("seed-0", 2), ("seed-0", 3), ("seed-1", 1), ("seed-1", 2), ("seed-1", 3)]
-    monkeypatch.setattr(DecentralizedMixin, "_check_finite", count)
+    monkeypatch.setattr(DecentralizedMixin, "_decaf_check_finite", count)
     steps.clear()
     capsys.readouterr()
     comparison = compared(recipe, tmp_path / "out", REAL, **usual)

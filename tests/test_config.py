@@ -58,7 +58,7 @@ def test_evaluation_takes_one_set_for_all_or_each_agents_own(tmp_path):
 def test_only_the_trainers_own_held_out_data_stands_for_the_run(tmp_path):
     trainer = tiny.trainer(tmp_path, eval_dataset=tiny.texts(6, 9))
     trainer.train()
-    judged = trainer.evaluation
+    judged = trainer.decaf_evaluation
     trainer.evaluate(tiny.texts(3, 10))
     trainer.save_model()
     assert json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))["eval"] == judged

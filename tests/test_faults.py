@@ -60,24 +60,24 @@ def test_rounds_differ_and_come_again():
 
 def test_all_hops_of_a_round_miss_the_same_links(tmp_path):
     trainer = tiny.trainer(tmp_path, **{**BROKEN, "gossip_steps": 3, "topology": "complete"})
-    first, second, third = trainer.network.matrices(2)
+    first, second, third = trainer.decaf_network.matrices(2)
     assert torch.equal(first, second)
     assert torch.equal(first, third)
-    down = trainer.network.faults.down(5, 2)
+    down = trainer.decaf_network.faults.down(5, 2)
     assert torch.equal(first, without_links(mixing_schedule("complete", 5).matrix(1), down))
-    assert not torch.equal(first, trainer.network.matrices(1)[0])
+    assert not torch.equal(first, trainer.decaf_network.matrices(1)[0])
 
 
 def test_an_absent_agent_keeps_its_adapter_and_sends_nothing(tmp_path):
     trainer = tiny.trainer(tmp_path, **{**BROKEN, "link_failure": 0, "topology": "complete"})
-    round_index = next(r for r in range(1, 99) if 0 < trainer.network.faults.down(5, r).all(1).sum() < 4)
-    absent = trainer.network.faults.down(5, round_index).all(1)
+    round_index = next(r for r in range(1, 99) if 0 < trainer.decaf_network.faults.down(5, r).all(1).sum() < 4)
+    absent = trainer.decaf_network.faults.down(5, round_index).all(1)
     with torch.no_grad():
-        for own in trainer.network.parameters.values():
+        for own in trainer.decaf_network.parameters.values():
             for parameter in own.values():
                 parameter.add_(torch.randn_like(parameter))
     before = tiny.adapters(trainer)
-    done = trainer.network.mix(round_index)
+    done = trainer.decaf_network.mix(round_index)
     after = tiny.adapters(trainer)
     assert [exchanged.agent for exchanged in done] == (~absent).nonzero().flatten().tolist()
     for agent in range(5):
@@ -85,13 +85,13 @@ def test_an_absent_agent_keeps_its_adapter_and_sends_nothing(tmp_path):
         assert all(alike) if absent[agent] else not any(alike)
     present = int((~absent).sum())
     sent = {exchanged.agent: exchanged.payload_bytes for exchanged in done}
-    assert set(sent.values()) == {trainer.network.layouts[0].size() * (present - 1)}
+    assert set(sent.values()) == {trainer.decaf_network.layouts[0].size() * (present - 1)}
 
 
 def test_a_line_tells_the_share_of_links_that_were_down(tmp_path):
     trainer = trained(tmp_path, topology="complete", max_steps=8)
     for index, line in enumerate(lines(tmp_path), start=1):
-        down = trainer.network.faults.down(5, index).triu(1)
+        down = trainer.decaf_network.faults.down(5, index).triu(1)
         assert line["links_down"] == pytest.approx(down.sum().item() / 10)
     assert len({line["links_down"] for line in lines(tmp_path)}) > 1
     trainer.save_model()

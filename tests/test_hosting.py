@@ -133,7 +133,7 @@ def test_training_in_one_batch_equals_taking_turns(tmp_path, changes):
     turns = trained(tmp_path / "turns", hosting="turns", **changes)
     assert (batched.hosting.batched, turns.hosting.batched) == (True, False)
     tiny.assert_same(tiny.adapters(batched), tiny.adapters(turns), atol=1e-9)
-    losses = [[line["loss"] for line in read_metrics(trainer.rounds.metrics)] for trainer in (batched, turns)]
+    losses = [[line["loss"] for line in read_metrics(trainer.decaf_rounds.metrics)] for trainer in (batched, turns)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-9)
 
 
@@ -193,9 +193,9 @@ def test_agents_take_turns_where_a_shared_batch_is_wrong(tmp_path, monkeypatch, 
     trainer = with_obstacle(tmp_path, monkeypatch, obstacle)
     before = tiny.adapters(trainer)
     trainer.train()
-    assert trainer.hosting.batched is False
-    assert OBSTACLES[obstacle][1] in trainer.hosting.reason
-    assert f"take turns: {trainer.hosting.reason}" in capsys.readouterr().out
+    assert trainer.decaf_hosting.batched is False
+    assert OBSTACLES[obstacle][1] in trainer.decaf_hosting.reason
+    assert f"take turns: {trainer.decaf_hosting.reason}" in capsys.readouterr().out
     after = tiny.adapters(trainer)
     assert all(any(not torch.equal(after[a][k], v) for k, v in before[a].items()) for a in before)
 
@@ -254,7 +254,7 @@ def dropped_out(processes, folder):
 @pytest.mark.agents
 def test_base_dropout_is_each_agents_own_on_any_number_of_processes(tmp_path):
     trainer = trained(tmp_path / "one", base_dropout=True)
-    assert trainer.hosting.batched is False
+    assert trainer.decaf_hosting.batched is False
     one = tiny.adapters(trainer)
     parts = run_agents(dropped_out, 2, tmp_path)
     tiny.assert_same({agent: own for part in parts for agent, own in part.items()}, one, atol=1e-9)

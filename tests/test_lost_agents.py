@@ -51,7 +51,7 @@ def trained(folder, steps, resume, blocks=None, **changes):
 
 def in_process(processes, folder, steps, resume, blocks):
     trainer = trained(folder, steps, resume, blocks)
-    return tiny.adapters(trainer), trainer.left
+    return tiny.adapters(trainer), trainer.decaf_left
 
 
 def merged(parts):
@@ -101,10 +101,10 @@ def test_what_remains_mixes_among_itself(tmp_path, topology):
     exchange.leave()
     trainer = trained(tmp_path, 4, True, [[0, 1, 2, 3, 5]], topology=topology)
     for round_index in range(1, 9):
-        for matrix in trainer.network.matrices(round_index):
+        for matrix in trainer.decaf_network.matrices(round_index):
             check_mixing(matrix)
             assert matrix[4, 4].item() == pytest.approx(1)
-    assert trainer.network.gone == {4}
+    assert trainer.decaf_network.gone == {4}
 
 
 def test_a_graph_that_falls_apart_is_named(tmp_path):

@@ -35,7 +35,7 @@ def states(trainer):
             name: {key: value.clone() for key, value in trainer.optimizer.state.get(parameter, {}).items()}
             for name, parameter in own.items()
         }
-        for agent, own in trainer.network.parameters.items()
+        for agent, own in trainer.decaf_network.parameters.items()
     }
 
 

@@ -90,12 +90,12 @@ def test_3a_an_agent_without_neighbors_is_a_stock_trainer_bit_for_bit(tmp_path, 
 def test_3a_mixing_without_neighbors_leaves_every_bit(tmp_path):
     trainer = tiny.trainer(tmp_path, tiny.bert(torch.float32), algorithm="decaf")
     with torch.no_grad():
-        for own in trainer.network.parameters.values():
+        for own in trainer.decaf_network.parameters.values():
             for parameter in own.values():
                 parameter.add_(torch.randn_like(parameter))
     before = tiny.adapters(trainer)
-    trainer.network.schedule = identity_schedule(4)
-    assert trainer.network.mix(1) == []
+    trainer.decaf_network.schedule = identity_schedule(4)
+    assert trainer.decaf_network.mix(1) == []
     tiny.assert_same(tiny.adapters(trainer), before)
 
 
@@ -146,14 +146,14 @@ def texts_seen(processes, folder, hosting):
     trainer = tiny.trainer(
         f"{folder}/{processes.index}", sites=sites, num_agents=5, hosting=hosting, max_steps=6, algorithm="dlora"
     )
-    seen = {agent: set() for agent in trainer.agents}
+    seen = {agent: set() for agent in trainer.decaf_agents}
     step = trainer.training_step
 
     def training_step(model, inputs, *args, **kwargs):
         shares = zip(
-            *(inputs[name].chunk(len(trainer.agents)) for name in ("input_ids", "attention_mask")), strict=True
+            *(inputs[name].chunk(len(trainer.decaf_agents)) for name in ("input_ids", "attention_mask")), strict=True
         )
-        for agent, (ids, mask) in zip(trainer.agents, shares, strict=True):
+        for agent, (ids, mask) in zip(trainer.decaf_agents, shares, strict=True):
             seen[agent] |= {tuple(row[keep.bool()].tolist()) for row, keep in zip(ids, mask, strict=True)}
         return step(model, inputs, *args, **kwargs)
 
@@ -216,10 +216,10 @@ def test_5_saved_adapters_give_the_logits_that_were_judged(tmp_path, case):
     trainer.save_model()
     inputs = tiny.collate(list(held_out))
     labels = inputs.pop("labels")
-    judged = trainer.evaluation
+    judged = trainer.decaf_evaluation
     seen = []
     for name, folder in [("consensus", "consensus"), (agent_name(0), "agents/0"), (agent_name(2), "agents/2")]:
-        trainer.hosting.activate(name)
+        trainer.decaf_hosting.activate(name)
         with torch.no_grad():
             expected = trainer.model.eval()(**inputs).logits
             loaded = PeftModel.from_pretrained(make(), tmp_path / folder).eval()(**inputs).logits

@@ -70,7 +70,7 @@ def test_agents_start_from_the_first_rows_of_one_common_a(case):
 @pytest.mark.parametrize("use_rslora", [False, True])
 def test_each_agent_has_its_own_scaling(tmp_path, use_rslora):
     trainer = tiny.trainer(tmp_path, algorithm="decaf", lora_ranks=RANKS, lora_config=tiny.lora(use_rslora=use_rslora))
-    for layout, lora_rank in zip(trainer.network.layouts, RANKS, strict=True):
+    for layout, lora_rank in zip(trainer.decaf_network.layouts, RANKS, strict=True):
         assert set(layout.scaling.values()) == {4 / (math.sqrt(lora_rank) if use_rslora else lora_rank)}
 
 
@@ -169,7 +169,9 @@ def test_processes_equal_one(tmp_path, algorithm, count):
 
 def test_payload_is_the_mean_of_what_agents_send(tmp_path):
     trainer = trained(tmp_path, topology="star", max_steps=2)
-    sizes = [sum(t.numel() * t.element_size() for t in own.values()) for own in trainer.network.parameters.values()]
+    sizes = [
+        sum(t.numel() * t.element_size() for t in own.values()) for own in trainer.decaf_network.parameters.values()
+    ]
     assert len(set(sizes)) == 4
     line = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])
     expected = (3 * sizes[0] + sizes[1] + sizes[2] + sizes[3]) / 4 / 2**20
@@ -181,8 +183,8 @@ def test_payload_is_the_mean_of_what_agents_send(tmp_path):
 def test_the_consensus_is_the_dense_mean_of_the_agents_updates(tmp_path, algorithm):
     """Each with its own scaling; cut to the largest rank."""
     trainer = trained(tmp_path, algorithm=algorithm, max_steps=2)
-    everyone = trainer.network.gather()
-    mean, distances, total = trainer.network.consensus(everyone), 0.0, 0.0
+    everyone = trainer.decaf_network.gather()
+    mean, distances, total = trainer.decaf_network.consensus(everyone), 0.0, 0.0
     for a, b in pair_names(mean).values():
         updates = [4 / r * own[b].double() @ own[a].double() for own, r in zip(everyone.values(), RANKS, strict=True)]
         dense = sum(updates) / 4
@@ -194,7 +196,7 @@ def test_the_consensus_is_the_dense_mean_of_the_agents_updates(tmp_path, algorit
         total += dense.square().sum()
     expected = (distances / total).sqrt().item()
     assert expected > 0.1
-    assert trainer.network.consensus_distance(everyone) == pytest.approx(expected, rel=1e-6)
+    assert trainer.decaf_network.consensus_distance(everyone) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("split", ["sqrt", "row_norms"])
@@ -202,8 +204,8 @@ def test_an_agent_of_rank_16_among_agents_of_rank_2_goes_on_learning(tmp_path, s
     """The mean of its neighbors has fewer directions than it has room for; its A keeps them all."""
     changes = {"lora_ranks": [2, 16, 2], "local_steps": 1, "max_steps": 2, "split": split, "optim": "adamw_torch"}
     trainer = trained(tmp_path, num_agents=3, **changes)
-    for layer, (a, b) in pair_names(trainer.network.parameters[1]).items():
-        A, B = (trainer.network.parameters[1][name].detach() for name in (a, b))
+    for layer, (a, b) in pair_names(trainer.decaf_network.parameters[1]).items():
+        A, B = (trainer.decaf_network.parameters[1][name].detach() for name in (a, b))
         assert A.shape == (16, 16)
         directions = torch.linalg.svdvals(A)
         assert directions.min() > 1e-4 * directions.max(), layer
@@ -271,11 +273,11 @@ def test_saved_adapters_give_the_logits_that_were_judged(tmp_path, algorithm, ca
     trainer.save_model()
     inputs = tiny.collate(list(held_out))
     labels = inputs.pop("labels")
-    judged = trainer.evaluation
+    judged = trainer.decaf_evaluation
     places = [(CONSENSUS, "consensus", 5)] + [(agent_name(i), f"agents/{i}", r) for i, r in enumerate(RANKS)]
     for name, place, lora_rank in places:
         assert json.loads((tmp_path / place / "adapter_config.json").read_text())["r"] == lora_rank
-        trainer.hosting.activate(name)
+        trainer.decaf_hosting.activate(name)
         with torch.no_grad():
             expected = trainer.model.eval()(**inputs).logits
             loaded = PeftModel.from_pretrained(make(), tmp_path / place).eval()(**inputs).logits

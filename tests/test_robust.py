@@ -137,12 +137,12 @@ def moved(folder, **changes):
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for agent in range(5):
-            for name in trainer.network.parameters[0]:
+            for name in trainer.decaf_network.parameters[0]:
                 value = torch.randn(
-                    trainer.network.parameters[0][name].shape, generator=generator, dtype=torch.float64
+                    trainer.decaf_network.parameters[0][name].shape, generator=generator, dtype=torch.float64
                 )
-                if agent in trainer.network.parameters:
-                    trainer.network.parameters[agent][name].add_(5 * value if agent == 4 else value)
+                if agent in trainer.decaf_network.parameters:
+                    trainer.decaf_network.parameters[agent][name].add_(5 * value if agent == 4 else value)
     return trainer
 
 
@@ -171,7 +171,7 @@ def test_a_payload_that_cannot_be_right_is_as_if_the_link_were_down(tmp_path, mo
 
     trainer = moved(tmp_path / "garbage", algorithm=algorithm)
     garbage(monkeypatch, 1, change)
-    done = {exchanged.agent: exchanged.kept for exchanged in trainer.network.mix(1)}
+    done = {exchanged.agent: exchanged.kept for exchanged in trainer.decaf_network.mix(1)}
     honest = [0, 2, 3, 4]
     got, wanted = tiny.adapters(trainer), tiny.adapters(expected)
     tiny.assert_same({a: got[a] for a in honest}, {a: wanted[a] for a in honest}, atol=1e-9)
@@ -182,17 +182,17 @@ def test_a_payload_that_cannot_be_right_is_as_if_the_link_were_down(tmp_path, mo
 
 def test_clipped_is_the_dense_self_centered_clipping(tmp_path):
     trainer = moved(tmp_path, robust="clip", lora_config=tiny.lora(r=16))
-    layers = list(trainer.network.layouts[0].scaling)
+    layers = list(trainer.decaf_network.layouts[0].scaling)
 
     def products():
         found = []
-        for own in trainer.network.parameters.values():
-            pairs = rounds.as_adapter(own, trainer.network.layouts[0].scaling)
+        for own in trainer.decaf_network.parameters.values():
+            pairs = rounds.as_adapter(own, trainer.decaf_network.layouts[0].scaling)
             found.append({layer: update_of(pairs, layer) for layer in layers})
         return found
 
     before = products()
-    done = {exchanged.agent: exchanged.kept for exchanged in trainer.network.mix(1)}
+    done = {exchanged.agent: exchanged.kept for exchanged in trainer.decaf_network.mix(1)}
     after = products()
     assert any(share < 1 for kept in done.values() for share in kept.values())
     for agent, kept in done.items():
@@ -254,8 +254,8 @@ def too_large(buffer):
 def test_finite_numbers_whose_product_is_not_are_refused(tmp_path, monkeypatch):
     trainer = moved(tmp_path)
     garbage(monkeypatch, 1, too_large)
-    assert all(exchanged.kept.get(1, 0.0) == 0 for exchanged in trainer.network.mix(1))
-    trainer.network.check_finite("this")
+    assert all(exchanged.kept.get(1, 0.0) == 0 for exchanged in trainer.decaf_network.mix(1))
+    trainer.decaf_network.check_finite("this")
 
 
 def test_an_agent_that_a_hop_has_spoiled_stops_the_run(tmp_path, monkeypatch):
@@ -269,4 +269,4 @@ def test_an_agent_that_a_hop_has_spoiled_stops_the_run(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Network, "_hop", spoil)
     with pytest.raises(DecafError, match=r"agent 3: .* is not finite after hop 1 of round 1; lower"):
-        trainer.network.mix(1)
+        trainer.decaf_network.mix(1)

@@ -35,10 +35,10 @@ def mixed(monkeypatch):
 
 def trained(folder, resume=False, **changes):
     trainer = tiny.trainer(folder, **changes)
-    trainer.network.trainer_state = trainer.state
-    trainer.rounds.on_train_begin = lambda args, state, *rest, **kwargs: (  # train() makes a new state
-        setattr(trainer.network, "trainer_state", state),
-        type(trainer.rounds).on_train_begin(trainer.rounds, args, state, *rest, **kwargs),
+    trainer.decaf_network.trainer_state = trainer.state
+    trainer.decaf_rounds.on_train_begin = lambda args, state, *rest, **kwargs: (  # train() makes a new state
+        setattr(trainer.decaf_network, "trainer_state", state),
+        type(trainer.decaf_rounds).on_train_begin(trainer.decaf_rounds, args, state, *rest, **kwargs),
     )[1]
     trainer.train(resume_from_checkpoint=resume)
     return trainer
@@ -76,7 +76,7 @@ def test_rounds_after_a_resume(tmp_path, mixed):
 
 def test_loss_of_a_line_is_the_mean_since_the_last_round(tmp_path, monkeypatch):
     losses = []
-    original = tiny.DecentralizedTrainer._check_finite
+    original = tiny.DecentralizedTrainer._decaf_check_finite
     monkeypatch.setattr(
         tiny.DecentralizedTrainer,
         "_check_finite",
@@ -97,7 +97,7 @@ def adapter_bytes(rank, trains_a):
 @pytest.mark.parametrize(("algorithm", "trains_a"), [("dlora", True), ("decaf", True), ("dlora-fa", False)])
 def test_payload_is_degree_times_bytes(tmp_path, algorithm, trains_a):
     trainer = trained(tmp_path, algorithm=algorithm, topology="star", max_steps=2)
-    own = trainer.network.parameters[0]
+    own = trainer.decaf_network.parameters[0]
     width = {name: tensor.element_size() for name, tensor in own.items()}
     assert set(width.values()) <= {4, 8}
     (pair_width,) = {size for name, size in width.items() if "lora_" in name}
@@ -112,17 +112,17 @@ def test_payload_is_degree_times_bytes(tmp_path, algorithm, trains_a):
 def test_nothing_is_sent_without_mixing(tmp_path, algorithm):
     trainer = trained(tmp_path, algorithm=algorithm, max_steps=2)
     assert lines(tmp_path)[0]["payload_mib"] == 0
-    assert trainer.network.mix(1) == []
+    assert trainer.decaf_network.mix(1) == []
 
 
 def test_a_round_is_the_row_of_the_matrix(tmp_path):
     trainer = tiny.trainer(tmp_path, algorithm="dlora", topology="star")
     generator = torch.Generator().manual_seed(0)
-    for own in trainer.network.parameters.values():
+    for own in trainer.decaf_network.parameters.values():
         for parameter in own.values():
             parameter.data = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
     before = tiny.adapters(trainer)
-    trainer.network.mix(1)
+    trainer.decaf_network.mix(1)
     matrix = mixing_schedule("star", 4).matrix(1)
     expected = {
         agent: {name: sum(matrix[agent, j] * before[j][name] for j in range(4)) for name in before[agent]}
@@ -135,11 +135,13 @@ def test_an_edge_that_is_off_this_round_carries_nothing(tmp_path):
     trainer = tiny.trainer(tmp_path, algorithm="dlora", topology="one_peer_exponential")
     partners = []
     for round_index in (1, 2):
-        for agent, own in trainer.network.parameters.items():
+        for agent, own in trainer.decaf_network.parameters.items():
             for parameter in own.values():
                 parameter.data.fill_(float(4**agent))
-        trainer.network.mix(round_index)
-        values = [next(iter(own.values())).data.view(-1)[0].item() for own in trainer.network.parameters.values()]
+        trainer.decaf_network.mix(round_index)
+        values = [
+            next(iter(own.values())).data.view(-1)[0].item() for own in trainer.decaf_network.parameters.values()
+        ]
         matrix = mixing_schedule("one_peer_exponential", 4).matrix(round_index)
         assert values == pytest.approx((matrix @ torch.tensor([1.0, 4, 16, 64], dtype=matrix.dtype)).tolist())
         partners.append(matrix)
@@ -149,20 +151,20 @@ def test_an_edge_that_is_off_this_round_carries_nothing(tmp_path):
 def test_an_agent_that_rests_keeps_its_adapter_and_sends_nothing(tmp_path):
     trainer = tiny.trainer(tmp_path, algorithm="decaf", topology="random_matching", num_agents=3)
     before = tiny.adapters(trainer)
-    done = trainer.network.mix(1)
-    neighbors = trainer.schedule.neighbors(1)
+    done = trainer.decaf_network.mix(1)
+    neighbors = trainer.decaf_schedule.neighbors(1)
     (resting,) = [agent for agent in range(3) if not neighbors[agent]]
     assert len(done) == 2
     tiny.assert_same({resting: tiny.adapters(trainer)[resting]}, {resting: before[resting]})
     size = sum(tensor.numel() * tensor.element_size() for tensor in before[0].values())
-    assert trainer.network.measure(done)["payload_mib"] == pytest.approx(2 / 3 * size / MIB)
+    assert trainer.decaf_network.measure(done)["payload_mib"] == pytest.approx(2 / 3 * size / MIB)
 
 
 def random_adapters(trainer):
     """Give each agent its own random adapter; a frozen A stays the common one."""
     generator = torch.Generator().manual_seed(0)
-    travels = trainer.network.travels
-    for own in trainer.network.parameters.values():
+    travels = trainer.decaf_network.travels
+    for own in trainer.decaf_network.parameters.values():
         for name, parameter in own.items():
             if name in travels:
                 parameter.data = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
@@ -192,11 +194,13 @@ def test_gossip_steps_are_a_power_of_the_matrix_where_mixing_is_exact(tmp_path):
     trainer = tiny.trainer(tmp_path, algorithm="dlora-fa", gossip_steps=3)
     random_adapters(trainer)
     before = tiny.adapters(trainer)
-    trainer.network.mix(1)
+    trainer.decaf_network.mix(1)
     power = torch.linalg.matrix_power(mixing_schedule("ring", 4).matrix(1), 3)
     expected = {
         agent: {
-            name: sum(power[agent, j] * before[j][name] for j in range(4)) if name in trainer.network.travels else own
+            name: sum(power[agent, j] * before[j][name] for j in range(4))
+            if name in trainer.decaf_network.travels
+            else own
             for name, own in before[agent].items()
         }
         for agent in range(4)
@@ -246,7 +250,7 @@ def test_evaluations_stand_in_the_line_of_their_round(tmp_path):
 
 def test_a_server_means_the_complete_graph_whatever_the_topology(tmp_path):
     trainer = tiny.trainer(tmp_path, algorithm="fedavg", topology="path")
-    assert torch.equal(trainer.schedule.matrix(1), complete_schedule(4).matrix(1))
+    assert torch.equal(trainer.decaf_schedule.matrix(1), complete_schedule(4).matrix(1))
 
 
 NEIGHBORS = {

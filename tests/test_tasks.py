@@ -91,7 +91,7 @@ def make_trainer(path, model=None, processes=None, **changes) -> DecentralizedTr
 @torch.no_grad()
 def move_apart(trainer):
     """Away from B = 0, where A would get no gradient, and agents apart from each other."""
-    for agent, own in trainer.network.parameters.items():
+    for agent, own in trainer.decaf_network.parameters.items():
         generator = torch.Generator().manual_seed(agent)
         for parameter in own.values():
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype), alpha=0.3)
@@ -111,18 +111,18 @@ def test_routed_gradients_are_those_of_separate_models(tmp_path, case):
     trainer.current_gradient_accumulation_steps = 1
     trainer.model.zero_grad()
     trainer.training_step(trainer.model, dict(batches[0]))
-    assert trainer.hosting.batched
-    for index, agent in enumerate(trainer.agents):
+    assert trainer.decaf_hosting.batched
+    for index, agent in enumerate(trainer.decaf_agents):
         task = load_task(read_recipe(path), LABELS if read_recipe(path).labeled else [])
         alone = get_peft_model(task.model.double(), trainer.model.peft_config[agent_name(agent)])
         own = trainable(alone, "default")
         with torch.no_grad():
             for name, parameter in own.items():
-                parameter.copy_(trainer.network.parameters[agent][name])
-        loss = alone.eval()(**trainer.hosting.rows(inputs, index)).loss
+                parameter.copy_(trainer.decaf_network.parameters[agent][name])
+        loss = alone.eval()(**trainer.decaf_hosting.rows(inputs, index)).loss
         loss.backward()
         for name, parameter in own.items():
-            got = trainer.network.parameters[agent][name].grad
+            got = trainer.decaf_network.parameters[agent][name].grad
             torch.testing.assert_close(got, parameter.grad, rtol=0, atol=1e-9, msg=f"agent {agent}, {name}")
             assert parameter.grad.abs().max() > 1e-8, name
 

@@ -180,7 +180,7 @@ def trainer(folder, model=None, lora_config=None, sites=None, **changes) -> Dece
 
 def adapters(trainer: DecentralizedTrainer) -> dict[int, dict[str, torch.Tensor]]:
     """The hosted agents' trained tensors."""
-    own = trainer.network.parameters
+    own = trainer.decaf_network.parameters
     return {agent: {name: p.detach().clone() for name, p in tensors.items()} for agent, tensors in own.items()}
 
 

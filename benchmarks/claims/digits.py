@@ -133,7 +133,7 @@ class BeforeMixing(TrainerCallback):
 
 def adapters(trainer: DecentralizedTrainer) -> dict[int, Adapter]:
     """Copies of all agents' adapters as they are now."""
-    network = trainer.network
+    network = trainer.decaf_network
     return {
         agent: as_adapter({name: p.detach().clone() for name, p in own.items()}, network.layouts[agent].scaling)
         for agent, own in network.parameters.items()
@@ -142,8 +142,8 @@ def adapters(trainer: DecentralizedTrainer) -> dict[int, Adapter]:
 
 def around(trainer: DecentralizedTrainer, agent: int) -> tuple[list[int], list[float]]:
     """From whom an agent averages in round 1, itself among them, and with which weights."""
-    senders = sorted({agent} | trainer.schedule.neighbors(1)[agent])
-    return senders, trainer.schedule.matrix(1)[agent, senders].tolist()
+    senders = sorted({agent} | trainer.decaf_schedule.neighbors(1)[agent])
+    return senders, trainer.decaf_schedule.matrix(1)[agent, senders].tolist()
 
 
 def update(adapter: Adapter) -> Tensor:

@@ -55,7 +55,7 @@ def work(config: dict) -> dict:
     return {
         "learning_rate": learning_rate,
         "tuning": tuning,
-        "spectral_gap": ends[0].trainer.schedule.spectral_gap,
+        "spectral_gap": ends[0].trainer.decaf_schedule.spectral_gap,
         "payload_mib": sum(entry["payload_mib"] for entry in ends[0].lines),
         "consensus_distance": [end.lines[-1]["consensus_distance"] for end in ends],
         **{who: [end.scores[who] for end in ends] for who in ends[0].scores},
