@@ -358,8 +358,10 @@ class DecentralizedMixin:
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip each agent's gradient by its own norm; returns the mean of the norms."""
         self.accelerator.unscale_gradients()
+        place = {parameter: index for index, parameter in enumerate(self.model.parameters())}
         norms = [
-            nn.utils.clip_grad_norm_(own.values(), self.args.max_grad_norm)
+            # in the order in which a stock Trainer adds them up, so that not a bit differs on any processor
+            nn.utils.clip_grad_norm_(sorted(own.values(), key=place.__getitem__), self.args.max_grad_norm)
             for own in self.decaf_network.parameters.values()
         ]
         return torch.stack(norms).mean()

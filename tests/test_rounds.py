@@ -79,7 +79,7 @@ def test_loss_of_a_line_is_the_mean_since_the_last_round(tmp_path, monkeypatch):
     original = tiny.DecentralizedTrainer._decaf_check_finite
     monkeypatch.setattr(
         tiny.DecentralizedTrainer,
-        "_check_finite",
+        "_decaf_check_finite",
         lambda self, own: (losses.append(own.clone()), original(self, own))[1],
     )
     trained(tmp_path, local_steps=3, max_steps=6)
@@ -179,10 +179,10 @@ def test_gossip_steps_go_on_through_the_matrices(tmp_path, algorithm, topology):
     by_hand = tiny.trainer(tmp_path / "by_hand", **changes)
     random_adapters(together)
     random_adapters(by_hand)
-    done = together.network.mix(2)
-    hops = [by_hand.network.mix(hop) for hop in (4, 5, 6)]
+    done = together.decaf_network.mix(2)
+    hops = [by_hand.decaf_network.mix(hop) for hop in (4, 5, 6)]
     tiny.assert_same(tiny.adapters(together), tiny.adapters(by_hand))
-    got, parts = together.network.measure(done), [by_hand.network.measure(hop) for hop in hops]
+    got, parts = together.decaf_network.measure(done), [by_hand.decaf_network.measure(hop) for hop in hops]
     assert got["interference"] == parts[0]["interference"]
     assert got["payload_mib"] == pytest.approx(sum(part["payload_mib"] for part in parts), rel=1e-12)
     squares = [sum(e.truncation**2 for hop in hops for e in hop if e.agent == agent) for agent in range(5)]
