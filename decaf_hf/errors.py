@@ -1,6 +1,7 @@
 """Errors that a user can mend: one line saying what is wrong, the value, and what to do."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 REFUSED = 2  # exit code
@@ -15,6 +16,15 @@ class DecafError(ValueError):
         if message.startswith("Caught DecafError in DataLoader worker"):  # the worker's whole traceback
             message = message.rstrip().rpartition("DecafError: ")[2]
         super().__init__(message)
+
+
+@contextmanager
+def about(who: str) -> Iterator[None]:
+    """Say of whom a refusal inside is: `agent 2: ...`."""
+    try:
+        yield
+    except DecafError as error:
+        raise DecafError(f"{who}: {error}") from error
 
 
 def did_you_mean(name: object, valid: Iterable[str]) -> str:

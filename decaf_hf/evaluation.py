@@ -24,10 +24,11 @@ from transformers import EvalPrediction, Trainer
 
 from .adapters import CONSENSUS, agent_name, trainable
 from .algorithms import ALGORITHMS
-from .data import encode_labels, load_source
+from .data import load_source
 from .errors import DecafError
 from .exchange import Processes
 from .files import write_text
+from .labels import encode_labels
 from .metrics import LOWER_IS_BETTER, resampled_scores, scores
 from .partition import MAX_AGENTS_SHOWN
 from .recipe import Recipe, read_recipe
@@ -223,8 +224,7 @@ def _all_rows(recipe: Recipe, source: str, labels: list[str]) -> datasets.Datase
         source,
         texts=recipe.text_columns,
         image=section.image if recipe.samples == "images" else None,
-        label=section.label,
-        labeled=recipe.labeled,
+        label=section.label if recipe.labeled else None,
         encoding=section.encoding,
         encoding_errors=section.encoding_errors,
     )

@@ -18,6 +18,7 @@ from transformers import EvalPrediction, PreTrainedModel, PreTrainedTokenizerBas
 from .errors import DecafError
 from .metrics import Outcomes
 from .recipe import DataSection, template_fields
+from .tables import COUNTED, place
 
 IGNORED = -100  # a label that the loss leaves out
 
@@ -60,21 +61,12 @@ def encode(
 
     `words` are the tokens of each class's word (`word_ids`), None for completions and plain texts.
     """
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoded: dict[str, list[list[int]]] = {"input_ids": [], "labels": []}
-    for row in rows:
-        if data.prompt is None:
-            # Nothing stands before the first token, so it is given and not asked for.
-            (first, *rest) = [*_tokens(tokenizer, row[data.text]), *end]
-            prompt, answer = [first], rest if data.packing else rest[: data.max_length - 1]
-        elif words is not None:
-            answer = list(words[row["labels"]])
-            prompt = _prompt(row, data, tokenizer, data.max_length - len(answer))
-        else:
-            completion = data.completion.format_map(row)
-            room = data.max_length - len(tokenizer(completion, add_special_tokens=False)["input_ids"]) - len(end)
-            prompt = _prompt(row, data, tokenizer, room)
-            answer = [*_answer(tokenizer, _rendered(row, data, tokenizer, room), completion), *end]
+    for number, row in enumerate(rows):
+        try:
+            prompt, answer = _encode_row(row, data, tokenizer, words)
+        except DecafError as error:
+            raise DecafError(f"{place(rows, number)} ({COUNTED}): {error}") from error
         encoded["input_ids"].append([*prompt, *answer])
         encoded["labels"].append([IGNORED] * len(prompt) + answer)
     if data.packing:
@@ -82,10 +74,39 @@ def encode(
         # What stands before a block's first token is not in the block, so it is not asked for.
         blocks["labels"] = [[IGNORED, *block[1:]] for block in blocks["labels"]]
         encoded = {name: [block for block in values if len(block) > 1] for name, values in blocks.items()}
-    for number, labels in enumerate(encoded["labels"]):
-        if all(label == IGNORED for label in labels[1:]):
-            raise DecafError(f"text {number} has no token to learn within data.max_length={data.max_length}; raise it")
     return Dataset.from_dict(encoded)
+
+
+def _encode_row(
+    row: Mapping[str, Any],
+    data: DataSection,
+    tokenizer: PreTrainedTokenizerBase,
+    words: Sequence[Sequence[int]] | None,
+) -> tuple[list[int], list[int]]:
+    """The tokens that are given and those that are asked for."""
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    if data.prompt is None:
+        text = _tokens(tokenizer, row[data.text])
+        if not text:
+            raise DecafError(f"the text has no token: {row[data.text][:40]!r}; complete or remove it")
+        # Nothing stands before the first token, so it is given and not asked for.
+        prompt, answer = text[:1], [*text[1:], *end]
+        answer = answer if data.packing else answer[: data.max_length - 1]
+    elif words is not None:
+        answer = list(words[row["labels"]])
+        prompt = _tokens(tokenizer, _rendered(row, data, tokenizer, data.max_length - len(answer)))
+    else:
+        completion = _filled(data.completion, row)
+        answer = [*tokenizer(completion, add_special_tokens=False)["input_ids"], *end]
+        while True:  # after the prompt, a completion may have other tokens than alone
+            rendered = _rendered(row, data, tokenizer, data.max_length - len(answer))
+            prompt = _tokens(tokenizer, rendered)
+            answer = [*_answer(tokenizer, rendered, completion), *end]
+            if len(prompt) + len(answer) <= data.max_length:
+                break
+    if not data.packing and not (answer if prompt else answer[1:]):  # a first token is not asked for
+        raise DecafError(f"the text has no token to learn within data.max_length={data.max_length}; raise it")
+    return prompt, answer
 
 
 def collator(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, whole: bool) -> Callable[..., dict]:
@@ -172,15 +193,22 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def _answer(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> list[int]:
-    """The tokens that `answer` adds to `prompt`; its own tokens where the two run together."""
-    before, both = _tokens(tokenizer, prompt), _tokens(tokenizer, prompt + answer)
-    if both[: len(before)] == before:
-        return both[len(before) :]
+    """The tokens that `answer` adds to `prompt`; its own tokens where the two run together.
+
+    Who asks the model gives it the prompt alone, so the prompt's tokens stay as they are without the answer: after a
+    prompt that ends in blanks these may be others than in the joined text. A line end before the answer keeps
+    tokenizers from putting a blank there, as some do where a text begins.
+    """
+    for known in (prompt, "\n"):
+        before, both = _tokens(tokenizer, known), _tokens(tokenizer, known + answer)
+        if both[: len(before)] == before:
+            return both[len(before) :]
     return tokenizer(answer, add_special_tokens=False)["input_ids"]
 
 
-def _prompt(row: Mapping[str, Any], data: DataSection, tokenizer: PreTrainedTokenizerBase, room: int) -> list[int]:
-    return _tokens(tokenizer, _rendered(row, data, tokenizer, room))
+def _filled(template: str, row: Mapping[str, Any]) -> str:
+    """A template with the columns of a row; what is missing is an empty text."""
+    return template.format_map({name: row[name] or "" for name in template_fields(template)})
 
 
 def _rendered(row: Mapping[str, Any], data: DataSection, tokenizer: PreTrainedTokenizerBase, room: int) -> str:
@@ -188,7 +216,7 @@ def _rendered(row: Mapping[str, Any], data: DataSection, tokenizer: PreTrainedTo
 
     Raises `DecafError` if nothing is left of that column.
     """
-    values = {name: row[name] for name in template_fields(data.prompt)}
+    values = {name: row[name] or "" for name in template_fields(data.prompt)}
     while True:
         text = data.prompt.format_map(values)
         excess = len(_tokens(tokenizer, text)) - room

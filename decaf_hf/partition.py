@@ -56,13 +56,16 @@ def partition(
 
 
 def _checked_values(kind: str, by: np.ndarray | None, num_samples: int) -> np.ndarray:
-    """The column to cut by as an array without gaps."""
+    """The column to cut by as an array without gaps; a text of blanks is one."""
     if by is None:
         raise DecafError(f"partition {kind!r} has no column to cut by; set data.partition.by to a column of the data")
     by = np.asarray(by)
     assert by.shape == (num_samples,), (by.shape, num_samples)
-    missing = [i for i, value in enumerate(by.tolist()) if value is None or value != value]  # NaN differs from itself
-    if missing:
+    blank = [
+        value is None or value != value or (isinstance(value, str) and not value.strip()) for value in by.tolist()
+    ]
+    missing = np.flatnonzero(blank)  # NaN differs from itself
+    if len(missing):
         raise DecafError(
             f"the column of data.partition.by has no value in row {missing[0]} (counting from 0) and in "
             f"{len(missing)} rows in all; partition {kind!r} needs one in each: complete or remove those rows"

@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from enum import Enum
 from functools import partial, reduce
 from operator import or_
+from os.path import expanduser
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -299,7 +300,8 @@ class DataSection(_Section):
 
     source: Text = Field(
         description="A Hub data set, a local file or folder, or package:NAME/PATH, a file or folder inside an "
-        "installed package; {agent} stands for the agent's number: each agent's own file, opened only by its process."
+        "installed package; {agent} stands for the agent's number, from 0: each agent's own file, opened only by its "
+        "process. As all paths of a recipe it is seen from the folder where the command runs."
     )
     split: Text = Field("train", description="Split of the source to train on.")
     config: Text | None = Field(None, description="Configuration (subset) of a Hub data set.")
@@ -308,8 +310,8 @@ class DataSection(_Section):
     label: Text = Field("label", description="Column with the label.")
     prompt: Text | None = Field(
         None,
-        description="causal-lm: what stands before the answer, columns in braces, as '{question} Answer:'; "
-        "image-text: what is said of a class, as 'a photo of a {label}.'",
+        description="causal-lm: what stands before the answer, columns in braces, as '{question} Answer:'; of several "
+        "columns some may be empty in a row. image-text: what is said of a class, as 'a photo of a {label}.'",
     )
     completion: Text | None = Field(
         None,
@@ -373,6 +375,8 @@ class DataSection(_Section):
         if not isinstance(words, dict):
             return words
         for label, word in words.items():
+            if isinstance(label, bool) or not isinstance(label, str | int | float):
+                raise ValueError(f"the label {_shown(label)} is not text; put it in quotes")
             if not isinstance(word, str):
                 raise ValueError(f"the word of label {label} is {_shown(word)}, not text; put it in quotes")
         return {str(label): word for label, word in words.items()}
@@ -404,6 +408,21 @@ class DataSection(_Section):
     @model_validator(mode="after")
     def _one_way_each(self) -> "DataSection":
         per_agent, partition = "{agent}" in self.source, self.partition
+        for field in ("source", "test_source"):
+            given = getattr(self, field) or ""
+            for brace in re.findall(r"\{\s*agent[^{}]*\}", given, flags=re.IGNORECASE):
+                if brace != "{agent}":
+                    raise _ConflictError(
+                        f"{given!r}: {brace} is not replaced, only {{agent}} is, by the agent's number as it is, from "
+                        "0; name the files so",
+                        field,
+                    )
+        if "{agent}" in (self.test_source or ""):
+            raise _ConflictError(
+                "one test set for all agents has no {agent}; name one source, or leave it out and set "
+                "evaluation.on to own",
+                "test_source",
+            )
         if per_agent and "kind" not in partition.model_fields_set:
             partition.kind = "files"
         if per_agent and partition.kind != "files":
@@ -583,7 +602,7 @@ class Recipe(_Section):
     @property
     def run_folder(self) -> Path:
         """Where the run is written."""
-        return Path(self.output_dir or f"runs/{self.name}")
+        return Path(expanduser(self.output_dir or f"runs/{self.name}"))
 
     @property
     def lora_ranks(self) -> list[int] | None:
@@ -615,15 +634,14 @@ class Recipe(_Section):
         return "images" if self.model.task.startswith("image-") else "texts"
 
     @property
-    def text_columns(self) -> dict[str, str]:
-        """Columns that hold text -> the recipe key that names them."""
+    def text_columns(self) -> dict[str, list[str]]:
+        """The recipe keys that name columns of text -> those columns."""
         if self.model.task.startswith("image-"):
             return {}
+        if self.data.prompt is None:
+            return {"data.text": [self.data.text]}
         templates = {"data.prompt": self.data.prompt, "data.completion": self.data.completion}
-        named = {
-            column: key for key, text in templates.items() if text is not None for column in template_fields(text)
-        }
-        return named if self.data.prompt is not None else {self.data.text: "data.text"}
+        return {key: template_fields(text) for key, text in templates.items() if text is not None}
 
     @model_validator(mode="after")
     def _fits_the_task(self) -> "Recipe":
@@ -652,8 +670,6 @@ class Recipe(_Section):
                 refuse("data.prompt", "missing; an answer needs a prompt before it, as '{text} Topic:'")
             if data.prompt is not None and data.completion is None and data.label_words is None:
                 refuse("data.prompt", "needs an answer: data.completion or data.label_words")
-            if data.prompt is not None and data.prompt != data.prompt.rstrip():
-                refuse("data.prompt", "ends in white space, which belongs to the answer; move it there")
             if data.packing and data.label_words is not None:
                 refuse("data.packing", "label words are scored text by text; set it to false")
         if self.samples == "images" and data.image in (data.label, "labels"):

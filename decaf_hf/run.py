@@ -22,7 +22,7 @@ from . import checkpoint, exchange
 from .card import loading_snippet, read_record, write_card
 from .config import DecentralizedConfig
 from .data import is_hub_source
-from .errors import DecafError
+from .errors import DecafError, about
 from .exchange import Processes
 from .files import LOCK, is_empty, read_mapping, write_text
 from .hub import publish, publish_command
@@ -272,8 +272,12 @@ def build_trainer(recipe: Recipe, sites: Sites, processes: Processes) -> Decentr
 
     def encode(data):
         if isinstance(data, list):
-            return [None if part is None else task.encode(part) for part in data]
+            return [None if part is None else encode_of(agent, part) for agent, part in enumerate(data)]
         return task.encode(data)
+
+    def encode_of(agent, part):
+        with about(f"agent {agent}"):
+            return task.encode(part)
 
     def encode_all():
         return encode(sites.train), encode(sites.held_out[recipe.evaluation.split])

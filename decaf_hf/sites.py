@@ -4,17 +4,20 @@ A process keeps the samples of the agents it hosts and no others. With `{agent}`
 the others' files.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 from datasets import Dataset
 
 from . import exchange
 from .algorithms import ALGORITHMS
-from .data import agent_source, encode_labels, fingerprint, hold_out, label_names, load_source
-from .errors import DecafError
+from .data import agent_source, fingerprint, hold_out, load_source, numbered_otherwise
+from .errors import DecafError, about
 from .exchange import Processes
+from .labels import Found, alike, check_agents, encode_labels, find_labels, ordered, settle, strangers, strings
 from .partition import label_table, partition
 from .recipe import Recipe
 from .seeds import stream_seed
@@ -54,14 +57,15 @@ def load_sites(recipe: Recipe, processes: Processes) -> Sites:
     if recipe.data.partition.kind == "files":
         parts, test, labels = _read_files(recipe, processes, hosted)
     else:
-        parts, test, labels = exchange.together(processes, lambda: _read_and_divide(recipe, hosted))
+        parts, test, labels = exchange.together(processes, lambda: _read_and_divide(recipe, processes, hosted))
     if recipe.labeled and len(labels) < 2:
         raise DecafError(f"the data has a single label, {labels[0]!r} (data.label); classification needs two or more")
     sites = exchange.together(processes, lambda: _hold_out(recipe, parts, test, labels))
     return _with_table(sites, processes, hosted)
 
 
-def _load(recipe: Recipe, source: str, split: str) -> Dataset:
+def _load(recipe: Recipe, source: str, split: str, *, by: str | None = None) -> Dataset:
+    """The rows of a source; of training rows that are spread, also the column `by` that decides the owner."""
     data = recipe.data
     return load_source(
         source,
@@ -69,8 +73,8 @@ def _load(recipe: Recipe, source: str, split: str) -> Dataset:
         config=data.config,
         texts=recipe.text_columns,
         image=data.image if recipe.samples == "images" else None,
-        label=data.label,
-        labeled=recipe.labeled,
+        label=data.label if recipe.labeled else None,
+        by=by,
         encoding=data.encoding,
         encoding_errors=data.encoding_errors,
     )
@@ -78,75 +82,157 @@ def _load(recipe: Recipe, source: str, split: str) -> Dataset:
 
 def _read_test(recipe: Recipe) -> Dataset | None:
     data = recipe.data
-    if data.test_source is not None:
-        return _load(recipe, data.test_source, data.split)
-    if data.test_split is not None:
-        return _load(recipe, data.source, data.test_split)
+    with about(_test_key(recipe)):
+        if data.test_source is not None:
+            return _load(recipe, data.test_source, data.split)
+        if data.test_split is not None:
+            return _load(recipe, data.source, data.test_split)
     return None
+
+
+def _test_key(recipe: Recipe) -> str:
+    return "data.test_split" if recipe.data.test_source is None else "data.test_source"
+
+
+def _read_own(recipe: Recipe, agent: int) -> Dataset:
+    """An agent's own file."""
+    source = recipe.data.source
+    other = numbered_otherwise(source, agent)
+    if other is not None:
+        raise DecafError(
+            f"no such file: {agent_source(source, agent)!r} (agent {agent}, seen from {Path.cwd()}), but there is "
+            f"{other!r}; {{agent}} becomes 0 to {recipe.network.agents - 1}, without leading zeros: rename the files"
+        )
+    with about(f"agent {agent}"):
+        return _load(recipe, agent_source(source, agent), recipe.data.split)
 
 
 def _read_files(
     recipe: Recipe, processes: Processes, hosted: Sequence[int]
 ) -> tuple[list[Dataset | None], Dataset | None, list[str]]:
-    """Each hosted agent's own file. Only the names of the labels are told to the other processes."""
+    """Each hosted agent's own file. Only the names of labels, and where each is first, are told to other processes."""
     data = recipe.data
 
     def read():
-        own = {agent: _load(recipe, agent_source(data.source, agent), data.split) for agent in hosted}
-        return own, _read_test(recipe), label_names([*own.values()], data.label) if recipe.labeled else []
+        own = {agent: _read_own(recipe, agent) for agent in hosted}
+        found = {}
+        for agent, part in own.items() if recipe.labeled else ():
+            with about(f"agent {agent}"):
+                found[f"agent {agent}"] = find_labels(part, data.label)
+        return own, _read_test(recipe), found
 
     own, test, found = exchange.together(processes, read)
-    known = exchange.gather_objects(processes, found)
-    labels = data.labels or sorted({name for names in known for name in names}, key=_as_number)
+    known = {who: labels for part in exchange.gather_objects(processes, found) for who, labels in part.items()}
+    labels = data.labels or (settle(known, data.label) if recipe.labeled else [])
+    if data.labels is None:
+        _warn(processes, strangers({who: own.names for who, own in known.items()}))
     parts: list[Dataset | None] = [None] * recipe.network.agents
 
     def encode():
         for agent, part in own.items():
-            parts[agent] = _encoded(recipe, part, labels)
-        return _encoded(recipe, test, labels)
+            with about(f"agent {agent}"):
+                parts[agent] = _encoded(recipe, part, labels)
+        return _encoded_test(recipe, test, labels)
 
     return parts, exchange.together(processes, encode), labels
 
 
-def _read_and_divide(recipe: Recipe, hosted: Sequence[int]) -> tuple[list[Dataset | None], Dataset | None, list[str]]:
+def _read_and_divide(
+    recipe: Recipe, processes: Processes, hosted: Sequence[int]
+) -> tuple[list[Dataset | None], Dataset | None, list[str]]:
     """One source divided among the agents; with `evaluation.on: global` the held-out part is taken off first."""
     data = recipe.data
-    whole, test = _load(recipe, data.source, data.split), _read_test(recipe)
-    labels = (data.labels or label_names([whole], data.label)) if recipe.labeled else []
-    whole, test = _encoded(recipe, whole, labels), _encoded(recipe, test, labels)
+    by = data.partition.by
+    whole, test = _load(recipe, data.source, data.split, by=by), _read_test(recipe)
+    labels: list[str] = []
+    if recipe.labeled:
+        labels = data.labels or settle({"": find_labels(whole, data.label)}, data.label)
+    if by == "labels" and recipe.labeled and by != data.label:
+        raise DecafError("data.partition.by: a column named 'labels' would be mistaken for the classes; rename it")
+    whole, test = _encoded(recipe, whole, labels), _encoded_test(recipe, test, labels)
     if recipe.evaluation.on == "global":
         if test is None:
-            whole, test = hold_out(whole, data.test_size, data.split_seed, name="data.test_size")
+            whole, test = _taken_off(recipe, whole, "test", data.split_seed)
         if data.validation_size:
-            whole, validation = hold_out(whole, data.validation_size, data.split_seed, name="data.validation_size")
+            whole, validation = _taken_off(recipe, whole, "validation", data.split_seed)
             test = {"test": test, "validation": validation}
     if data.shots is not None:
         whole = _few_shot(recipe, whole, labels)
-    by = data.partition.by
-    column = "labels" if by == data.label and recipe.labeled else by
-    if column is not None and by != data.label and column == "labels":
-        raise DecafError("data.partition.by: a column named 'labels' would be mistaken for the classes; rename it")
-    if column is not None and column not in whole.column_names:
-        raise DecafError(f"data.partition.by: no column {column!r}; the columns are {', '.join(whole.column_names)}")
-    indices = partition(
-        data.partition.kind,
-        recipe.network.agents,
-        len(whole),
-        by=None if column is None else np.asarray(whole[column]),
-        dirichlet_alpha=data.partition.alpha,
-        min_samples=max(2, recipe.training.per_device_train_batch_size),
-        seed=stream_seed(recipe.seed, "partition") % 2**32,
-    )
+    indices = _divided(recipe, processes, whole, labels)
     parts = [whole.select(indices[agent]) if agent in hosted else None for agent in range(recipe.network.agents)]
     return parts, test, labels
 
 
-def _encoded(recipe: Recipe, rows: Dataset | None, labels: list[str]) -> Dataset | None:
-    if rows is None:
-        return None
-    if recipe.labeled:
-        return encode_labels(rows, recipe.data.label, labels)
-    return rows.remove_columns([name for name in rows.column_names if name == "labels"])  # no classes of ours
+def _divided(recipe: Recipe, processes: Processes, whole: Dataset, labels: list[str]) -> list[np.ndarray]:
+    """Each agent's rows of the data set that is spread."""
+    section = recipe.data.partition
+    owners = by = None
+    if section.by == recipe.data.label and recipe.labeled:
+        by, owners = np.asarray(whole["labels"]), labels
+    elif section.by is not None:
+        own = strings(whole, section.by, "data.partition.by")
+        owners = ordered(own)
+        number_of = {name: number for number, name in enumerate(owners)}
+        by = np.array([number_of[name] for name in own])
+    twins = _twins(owners) if section.kind == "column" else None
+    try:
+        indices = partition(
+            section.kind,
+            recipe.network.agents,
+            len(whole),
+            by=by,
+            dirichlet_alpha=section.alpha,
+            min_samples=max(2, recipe.training.per_device_train_batch_size),
+            seed=stream_seed(recipe.seed, "partition") % 2**32,
+        )
+    except DecafError as error:
+        raise DecafError(f"{error} ({twins})" if twins else str(error)) from error
+    _warn(processes, twins)
+    if section.kind == "column" and recipe.labeled and recipe.data.labels is None:
+        _compare_owners(processes, [np.asarray(whole["labels"])[rows] for rows in indices], owners, labels)
+    return indices
+
+
+def _compare_owners(
+    processes: Processes, numbers: Sequence[np.ndarray], owners: Sequence[str], labels: Sequence[str]
+) -> None:
+    """Look at the labels of natural owners as at those of agents with files of their own."""
+    found = {
+        f"agent {agent} ({owner})": Found(None, dict.fromkeys((labels[number] for number in np.unique(own)), ""))
+        for agent, (own, owner) in enumerate(zip(numbers, owners, strict=True))
+    }
+    check_agents(found)
+    _warn(processes, strangers({who: own.names for who, own in found.items()}))
+
+
+def _twins(owners: Sequence[str]) -> str | None:
+    """Two owners that are one but for case, blanks or Unicode form, in a sentence."""
+    known: dict[object, str] = {}
+    for name in owners:
+        twin = known.setdefault(alike(name, numbers=False), name)
+        if twin != name:
+            return f"owners {twin!r} and {name!r} of data.partition.by differ only in case, blanks or Unicode form"
+    return None
+
+
+def _warn(processes: Processes, text: str | None) -> None:
+    if text is not None and processes.is_main:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def _taken_off(recipe: Recipe, rows: Dataset, part: str, seed: int) -> tuple[Dataset, Dataset]:
+    """The rest of the rows, and the part that is held out."""
+    key = f"{part}_size"
+    return hold_out(rows, getattr(recipe.data, key), seed, name=f"data.{key}", labeled=recipe.labeled)
+
+
+def _encoded(recipe: Recipe, rows: Dataset, labels: list[str]) -> Dataset:
+    return encode_labels(rows, recipe.data.label, labels) if recipe.labeled else rows
+
+
+def _encoded_test(recipe: Recipe, rows: Dataset | None, labels: list[str]) -> Dataset | None:
+    with about(_test_key(recipe)):
+        return None if rows is None else _encoded(recipe, rows, labels)
 
 
 def _few_shot(recipe: Recipe, whole: Dataset, labels: list[str]) -> Dataset:
@@ -173,8 +259,9 @@ def _hold_out(recipe: Recipe, parts: list[Dataset | None], test: object, labels:
         if part is None:
             continue
         seed = stream_seed(data.split_seed, "own", agent) % 2**32
-        for name in held_out:
-            part, held_out[name][agent] = hold_out(part, getattr(data, f"{name}_size"), seed, name=f"data.{name}_size")
+        with about(f"agent {agent}"):
+            for name in held_out:
+                part, held_out[name][agent] = _taken_off(recipe, part, name, seed)
         train[agent] = part
     return Sites(labels, train, held_out, np.empty(0), recipe.samples)
 
@@ -196,10 +283,3 @@ def _with_table(sites: Sites, processes: Processes, hosted: Sequence[int]) -> Si
         sites.table[agents] = counts
     sites.digests = dict(sorted(entry for *_, digests in everyone for entry in digests.items()))
     return sites
-
-
-def _as_number(name: str) -> tuple[int, float | str]:
-    try:
-        return (0, float(name))
-    except ValueError:
-        return (1, name)

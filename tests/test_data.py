@@ -16,16 +16,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import decaf_hf.data
-from decaf_hf.data import (
-    agent_source,
-    encode_labels,
-    hold_out,
-    label_names,
-    load_source,
-    resolve_package,
-    tokenize,
-)
+from decaf_hf.data import agent_source, hold_out, load_source, resolve_package, tokenize
 from decaf_hf.errors import DecafError
+from decaf_hf.labels import encode_labels, find_labels, settle
+from decaf_hf.tables import PLACE
 
 ROWS = [{"text": "goals, scored", "label": "sport"}, {"text": 'a "new" chip', "label": "tech"}]
 WRITERS = {
@@ -38,8 +32,10 @@ WRITERS = {
 
 
 def load(source, **options) -> Dataset:
+    """The rows without their places."""
     text = options.pop("text", "text")
-    return load_source(str(source), **{"texts": {text: "data.text"}, "label": "label", **options})
+    rows = load_source(str(source), **{"texts": {"data.text": [text]}, "label": "label", **options})
+    return rows.remove_columns(PLACE)
 
 
 def write_texts(folder, texts: dict[str, bytes]):
@@ -240,7 +236,7 @@ def test_every_failure_of_the_hub_is_one_clear_line(monkeypatch, offline):
     assert ("HF_HUB_OFFLINE" in str(caught.value)) == offline
 
 
-def test_progress_bars_are_hidden_inside_and_restored_after(monkeypatch, tmp_path):
+def test_progress_bars_are_hidden_inside_and_restored_after(monkeypatch):
     hidden = []
 
     def spy(*args, **options):
@@ -249,14 +245,9 @@ def test_progress_bars_are_hidden_inside_and_restored_after(monkeypatch, tmp_pat
 
     datasets.enable_progress_bars()
     monkeypatch.setattr(decaf_hf.data, "load_dataset", spy)
-    verbosity = datasets.logging.WARNING
-    datasets.logging.set_verbosity(verbosity)
-    WRITERS[".csv"](tmp_path / "news.csv", ROWS)
-    for source in ("someone/news", tmp_path / "news.csv"):
-        refused(source, "ConnectionError")
-        assert not datasets.are_progress_bars_disabled()
-    assert hidden == [True, True]
-    assert datasets.logging.get_verbosity() == verbosity
+    refused("someone/news", "ConnectionError")
+    assert not datasets.are_progress_bars_disabled()
+    assert hidden == [True]
 
 
 @pytest.mark.parametrize(
@@ -271,9 +262,11 @@ def test_progress_bars_are_hidden_inside_and_restored_after(monkeypatch, tmp_pat
         ("text,label\na,0\nb,\nc,1\n", r"no label in row 1 .* 1 rows"),
         ("text,label\na,x\nb,\n", r"no label in row 1 .* 1 rows"),
         ("text,label\na,\nb,\n", r"no label in row 0 .* 2 rows"),
-        ("text,label\n1,0\n2,1\n", "holds int64, not text; name another in data.text"),
         ("text,label\nhello, world,0\n", "more fields than its header"),
-        ("text,label\na,0\nb,c,1\n", "cannot read"),
+        ("text,label\na,0\nb,c,1\n", "row 1 of .* more fields than its header, 3 and not 2"),
+        ("text,label,text\na,0,b\n", r"2 columns 'text' \(data.text\); rename"),
+        ("text;label\na;0\n", "no column 'text' .*, only text;label; fields are separated by commas"),
+        ('text,label\n"a,0\nb,1\n', "line 3: unexpected end of data; put a text .* in double quotes"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_refused(tmp_path, content, match):
@@ -283,11 +276,12 @@ def test_a_table_that_cannot_be_used_is_refused(tmp_path, content, match):
 
 
 def test_broken_and_unknown_files_are_refused(tmp_path):
-    for name in ("a.json", "a.parquet", "a.txt"):
+    for name in ("a.json", "a.parquet", "a.xml", "a.csv.gz"):
         (tmp_path / name).write_text("{nonsense")
     refused(tmp_path / "a.json", "cannot read .*a.json")
     refused(tmp_path / "a.parquet", "cannot read .*a.parquet")
-    refused(tmp_path / "a.txt", r"kind '\.txt' are not read; use one of \.csv")
+    refused(tmp_path / "a.xml", r"kind '\.xml' are not read; use one of \.csv")
+    refused(tmp_path / "a.csv.gz", r"cannot read .*a\.csv\.gz: it is no whole gzip file")
 
 
 def test_nan_is_no_label(tmp_path):
@@ -337,16 +331,22 @@ def test_label_names_are_the_sorted_union(columns, names):
     assert label_names([labelled(column) for column in columns], "topic") == names
 
 
+def label_names(datasets, label):
+    return settle({f"agent {n}": find_labels(dataset, label) for n, dataset in enumerate(datasets)}, label)
+
+
 def test_declared_class_names_keep_their_order():
     declared = ClassLabel(names=["z", "a", "m"])
     assert label_names([labelled([1], declared), labelled([2], declared)], "topic") == ["z", "a", "m"]
     other = ClassLabel(names=["b", "a"])
-    assert label_names([labelled([1], declared), labelled([0], other)], "topic") == ["a", "b"]
+    assert label_names([labelled([1], declared), labelled([0], other)], "topic") == ["a", "b", "m", "z"]
+    assert label_names([labelled([1], declared), labelled(["m"])], "topic") == ["z", "a", "m"]
+    assert label_names([labelled([1], declared), labelled(["x"])], "topic") == ["a", "m", "x", "z"]
 
 
 @pytest.mark.parametrize(
     ("values", "match"),
-    [([1.0, 0.5], "holds 0.5 in row 1"), ([[1], [2]], "one class per row"), (["a", None], "row 1 .* no label")],
+    [([1.0, 0.5], "holds 0.5 in .*row 1"), ([[1], [2]], "one label per row"), (["a", None], "row 1 .*no label")],
 )
 def test_a_column_without_classes_is_refused(values, match):
     with pytest.raises(DecafError, match=match):
@@ -410,7 +410,8 @@ def test_hold_out_is_random_where_it_cannot_be_stratified(labels, size):
 
 
 def test_hold_out_needs_no_labels():
-    rest, held_out = hold_out(numbered([0] * 10).remove_columns("labels"), 0.3, 0, name="data.test_size")
+    rows = numbered([0] * 10).remove_columns("labels")
+    rest, held_out = hold_out(rows, 0.3, 0, name="data.test_size", labeled=False)
     assert (len(rest), len(held_out)) == (7, 3)
 
 

@@ -71,7 +71,9 @@ def importers(library: str) -> set[str]:
         ("sampling", {"seeds"}),
         ("exchange", {"errors", "presence"}),
         ("presence", {"errors"}),
-        ("data", {"errors"}),
+        ("tables", {"errors"}),
+        ("labels", {"errors", "tables"}),
+        ("data", {"errors", "tables"}),
         ("metrics", {"errors"}),
     ],
 )
@@ -159,7 +161,7 @@ def test_every_recipe_takes_two_steps(path, tmp_path, monkeypatch):
     owners = [f"owner{agent}" for agent in range(agents)]
     column = data.partition.by
     count = 12 if data.partition.kind != "dirichlet" else 60
-    columns = [name for name in recipe.text_columns if name != "text"]
+    columns = [name for names in recipe.text_columns.values() for name in names if name != "text"]
     if recipe.samples == "images":
         write_images(tmp_path / "images", count=5 * agents)
         words.append(f"data.source={tmp_path / 'images'}")

@@ -444,7 +444,6 @@ OTHER_TASK = ["model.task=image-text", "data.prompt='{label}'"]
         ("image-text", ["data.label_words={x: y}"], "data.label_words has a word for 'x', which is no label"),
         ("image-text", ["data.label_words={bio: museum}"], "'the museum' and 'the museum' are the same to the"),
         ("causal-lm", ["data.prompt=null"], "data.prompt: missing; an answer needs a prompt"),
-        ("causal-lm", ["data.prompt='{text} topic '"], "data.prompt: ends in white space"),
         ("causal-lm", ["data.prompt='{text'"], "is no template"),
         ("causal-lm", ["data.prompt='{}'"], "has a brace that names no column"),
         ("causal-lm", ["data.prompt='{title}: {text}'"], "data.prompt names the columns title, text"),
