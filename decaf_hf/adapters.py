@@ -4,23 +4,28 @@ Tensors carry the names under which PEFT saves them, without an adapter's name, 
 checkpointed and published is one dictionary and two agents can never pair different layers.
 """
 
+import contextlib
 import copy
+import dataclasses
 import hashlib
+import itertools
 import json
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from .algorithms import Adapter
-from .errors import DecafError, did_you_mean
+from .errors import DecafError
 from .files import named, write_bytes, write_folder
+from .lora_checks import check_bare, check_fit, check_lora_config, explained
 from .lowrank import LoraFactors
 
 CONSENSUS = "consensus"  # the adapter that holds the network's mean for evaluation; never trained
@@ -29,27 +34,6 @@ CONSENSUS = "consensus"  # the adapter that holds the network's mean for evaluat
 def agent_name(agent: int) -> str:
     """The name of an agent's adapter inside the shared model."""
     return f"agent{agent}"
-
-
-def check_lora_config(config: PeftConfig) -> None:
-    """Raise `DecafError` naming what of a PEFT configuration cannot be averaged between agents."""
-    if not isinstance(config, LoraConfig):
-        raise DecafError(f"PEFT method {config.peft_type.value} cannot be mixed between agents; use a LoraConfig")
-    if config.bias != "none":
-        raise DecafError(
-            f"lora.bias={config.bias!r} trains the base's own biases, which all agents of a process share; "
-            "use lora_bias: true for a bias inside the adapter"
-        )
-    if config.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
-        raise DecafError(
-            f"lora.init_lora_weights={config.init_lora_weights!r} needs data or changes the base weights; "
-            "use true, gaussian or orthogonal"
-        )
-    if not 0 <= config.lora_dropout < 1:
-        raise DecafError(f"lora.lora_dropout is {config.lora_dropout}; it lies from 0 to below 1")
-    for field in ("trainable_token_indices", "target_parameters", "layer_replication", "megatron_config"):
-        if getattr(config, field, None):
-            raise DecafError(f"lora.{field} cannot be mixed between agents; leave it out")
 
 
 def add_agents(
@@ -78,6 +62,7 @@ def add_agents(
     elif config is None:
         raise DecafError("peft_config is missing; pass the LoraConfig that every agent trains")
     check_lora_config(config)
+    check_bare(model)
     if ranks is not None:
         if len(set(ranks)) > 1 and config.init_lora_weights not in (True, "gaussian"):
             raise DecafError(
@@ -86,49 +71,51 @@ def add_agents(
             )
         config = with_rank(config, max(ranks))
     try:
-        with warnings.catch_warnings():
-            # peft 0.21 asks transformers 5.23 for a property by its old name
-            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        with _quiet():
             peft_model = get_peft_model(model, copy.deepcopy(config), adapter_name=CONSENSUS)
-    except ValueError as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, re.error) as error:
         raise DecafError(
-            f"the LoRA configuration does not fit the model: {_hint_targets(error, model, config)}"
+            f"the LoRA configuration does not fit the model: {explained(error, model, config)}"
         ) from error
-    except (TypeError, KeyError, AttributeError, re.error) as error:
-        raise DecafError(f"the LoRA configuration cannot be used: {type(error).__name__}: {error}") from error
-    _check_layers(peft_model, CONSENSUS)
-    _check_names(peft_model, config)
+    check_fit(peft_model, CONSENSUS, config)
     config = peft_model.peft_config[CONSENSUS]  # get_peft_model has put the base model's name into it
     for agent in agents:
-        peft_model.add_adapter(agent_name(agent), with_rank(config, config.r if ranks is None else ranks[agent]))
+        with _quiet():
+            peft_model.add_adapter(agent_name(agent), with_rank(config, config.r if ranks is None else ranks[agent]))
     peft_model.set_adapter(agent_name(agents[0]))
-    initial = start or {key: value.clone() for key, value in trainable(peft_model, CONSENSUS).items()}
-    pairs = pair_names(initial)
-    frozen = {a for a, _ in pairs.values()} if freeze_a else set()
+    initial = start or {key: value.detach().clone() for key, value in trainable(peft_model, CONSENSUS).items()}
+    fixed = {a for a, _ in pair_names(initial).values()} if freeze_a else set()
+    stacks = experts(peft_model, CONSENSUS)
     for name in [agent_name(agent) for agent in agents] + [CONSENSUS]:
         tensors = trainable(peft_model, name)
-        # of the factors the first rows of A and columns of B, of all else the whole
-        _copy(tensors, {k: initial[k][tuple(slice(size) for size in own.shape)] for k, own in tensors.items()})
-        for key, parameter in tensors.items():
-            parameter.requires_grad_(name != CONSENSUS and key not in frozen)
+        write(tensors, _cut(initial, tensors, stacks))
+        for key, tensor in tensors.items():
+            if isinstance(tensor, nn.Parameter):
+                tensor.requires_grad_(name != CONSENSUS and key not in fixed)
     return peft_model
 
 
 def with_rank(config: LoraConfig, lora_rank: int) -> LoraConfig:
-    """A copy of a configuration with another rank; layers of its rank_pattern keep theirs."""
-    config = copy.deepcopy(config)
-    config.r = lora_rank
-    return config
+    """A copy of a configuration with another rank; layers of its rank_pattern keep theirs.
+
+    But for the patterns that PEFT makes of fused parameters (w1 and w3 as gate_up_proj): there the rank of each stays
+    the configuration's.
+    """
+    new = copy.deepcopy(config)
+    new.r = lora_rank
+    for name in config.target_parameters or ():
+        pattern = rf".*\.{re.escape(name)}"
+        parts, rest = divmod((config.rank_pattern or {}).get(pattern, 0), config.r)
+        if parts and not rest and (config.alpha_pattern or {}).get(pattern) == parts * config.lora_alpha:
+            new.rank_pattern[pattern] = parts * lora_rank
+    return new
 
 
-def trainable(model: PeftModel, name: str) -> dict[str, nn.Parameter]:
-    """An adapter's own parameters by the names under which PEFT saves them."""
-    with warnings.catch_warnings():
-        # peft 0.21 takes the bias of lora_bias for a broken shard
-        warnings.filterwarnings("ignore", message=".* have invalid shape")
-        saved = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    by_storage = {parameter.data_ptr(): parameter for parameter in model.parameters()}
-    return {key: by_storage[tensor.data_ptr()] for key, tensor in sorted(saved.items())}
+def trainable(model: PeftModel, name: str) -> dict[str, Tensor]:
+    """An adapter's own parameters, and buffers of its modules_to_save, by the names under which PEFT saves them."""
+    state = model.state_dict(keep_vars=True)
+    saved = get_peft_model_state_dict(model, state_dict=state, adapter_name=name, save_embedding_layers=False)
+    return dict(sorted(saved.items()))
 
 
 def pair_names(names: Sequence[str] | Mapping[str, object]) -> dict[str, tuple[str, str]]:
@@ -153,9 +140,20 @@ def scalings(model: PeftModel, name: str) -> dict[str, float]:
     }
 
 
-def as_adapter(tensors: Mapping[str, Tensor], scaling: Mapping[str, float]) -> Adapter:
-    """View named tensors as an `Adapter`."""
-    factors = as_factors(tensors)
+def experts(model: PeftModel, name: str) -> dict[str, int]:
+    """Layer name -> how many products its pair holds, for layers that stack several: the experts of a mixture."""
+    return {
+        layer: module.num_experts
+        for layer, module in model.named_modules()
+        if isinstance(module, ParamWrapper) and name in module.scaling and module.num_experts > 1
+    }
+
+
+def as_adapter(
+    tensors: Mapping[str, Tensor], scaling: Mapping[str, float], stacks: Mapping[str, int] | None = None
+) -> Adapter:
+    """View named tensors as an `Adapter`; `stacks` are the layers' `experts`, if some have any."""
+    factors = as_factors(tensors, stacks)
     paired = {name for pair in pair_names(tensors).values() for name in pair}
     others = {name: tensor.detach() for name, tensor in tensors.items() if name not in paired}
     return Adapter(factors, others, {layer: scaling[layer] for layer in factors})
@@ -167,12 +165,19 @@ def as_tensors(adapter: Adapter, names: Mapping[str, object]) -> dict[str, Tenso
     return {name: tensors[name] for name in names}
 
 
-def as_factors(tensors: Mapping[str, Tensor]) -> dict[str, LoraFactors]:
+def as_factors(tensors: Mapping[str, Tensor], stacks: Mapping[str, int] | None = None) -> dict[str, LoraFactors]:
     """View the pairs among named tensors by layer; those of embeddings are presented transposed
-    (lowrank.LoraFactors)."""
+    (lowrank.LoraFactors), those of stacked parameters as `A (experts, r, d_in)` and `B (experts, d_out, r)`.
+
+    PEFT keeps the latter as `A (experts r, d_in)`, experts first, and `B (d_out, r experts)`, ranks first (peft 0.21,
+    `ParamWrapper.get_delta_factors`).
+    """
     factors = {}
     for layer, (a, b) in pair_names(tensors).items():
         A, B = tensors[a].detach(), tensors[b].detach()
+        count = (stacks or {}).get(layer)
+        if count is not None:
+            A, B = A.unflatten(0, (count, -1)), B.unflatten(1, (-1, count)).permute(2, 0, 1)
         factors[layer] = LoraFactors(A.mT, B.mT) if _transposed(a) else LoraFactors(A, B)
     return factors
 
@@ -182,20 +187,27 @@ def factor_tensors(factors: Mapping[str, LoraFactors], names: Mapping[str, objec
     tensors = {}
     for layer, (a, b) in pair_names(names).items():
         A, B = factors[layer]
+        if A.dim() == 3:
+            A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
         tensors[a], tensors[b] = (A.mT, B.mT) if _transposed(a) else (A, B)
     return tensors
 
 
 @torch.no_grad()
-def write(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
-    """Copy named tensors into an adapter's parameters, in place."""
-    _copy(parameters, tensors)
+def write(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Copy named tensors into an adapter's own, in place."""
+    assert own.keys() == tensors.keys()
+    for name, tensor in own.items():
+        tensor.copy_(tensors[name])
 
 
 def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: LoraConfig) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` so that `PeftModel.from_pretrained` loads them."""
     config = copy.deepcopy(config)
     config.inference_mode = True
+    for field in dataclasses.fields(config):
+        if isinstance(getattr(config, field.name), set):  # whose order depends on the hash seed
+            setattr(config, field.name, sorted(getattr(config, field.name)))
     with write_folder(folder) as new:
         plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
         write_bytes(new / "adapter_model.safetensors", save(plain, metadata={"format": "pt"}))
@@ -212,20 +224,43 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return total.hexdigest()
 
 
-def frozen(model: nn.Module) -> dict[str, Tensor]:
-    """Weights and buffers of a base model before adapters are added."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+def frozen(model: PeftModel) -> dict[str, Tensor]:
+    """Weights and buffers of the base that act in a model with adapters, by their names in the base.
+
+    What modules_to_save replaces is no part of it: a fresh head may be drawn anew in every program.
+    """
+    found: dict[int, tuple[str, Tensor]] = {}
+    everything = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    for name, tensor in itertools.chain(*everything):
+        parts = name.split(".")
+        if not any(part in ("original_module", "modules_to_save") or part.startswith("lora_") for part in parts):
+            found.setdefault(id(tensor), (name.removeprefix("base_model.model.").replace(".base_layer", ""), tensor))
+    return dict(found.values())
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings of peft 0.21 that mean nothing here."""
+    with warnings.catch_warnings():
+        # it asks transformers 5.23 for a property by its old name
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
+        # it does not look at target_parameters; what really matches nothing is refused (lora_checks)
+        warnings.filterwarnings("ignore", message="The following .*_pattern keys did not match")
+        yield
 
 
 def _transposed(a: str) -> bool:
     return a.endswith(".lora_embedding_B")
 
 
-@torch.no_grad()
-def _copy(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> None:
-    assert parameters.keys() == tensors.keys()
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])
+def _cut(initial: Mapping[str, Tensor], own: Mapping[str, Tensor], stacks: Mapping[str, int]) -> dict[str, Tensor]:
+    """`initial` with an agent's ranks: of the factors the first rows of A and columns of B, of all else the whole."""
+    factors = {}
+    whole = as_factors(initial, stacks)
+    for layer, pair in as_factors(own, stacks).items():
+        lora_rank = pair.A.shape[-2]
+        factors[layer] = LoraFactors(whole[layer].A[..., :lora_rank, :], whole[layer].B[..., :lora_rank])
+    return {**initial, **factor_tensors(factors, own)}
 
 
 def _unload(model: PeftModel, config: LoraConfig | None) -> tuple[dict[str, Tensor], LoraConfig, nn.Module]:
@@ -238,61 +273,7 @@ def _unload(model: PeftModel, config: LoraConfig | None) -> tuple[dict[str, Tens
     if any(module.merged for module in model.modules() if isinstance(module, LoraLayer)):
         raise DecafError(f"adapter {name!r} is merged into the base; call unmerge_adapter() first")
     check_lora_config(config)
+    config = copy.deepcopy(config)
+    config.inference_mode = False  # what is loaded without is_trainable
     start = {key: value.detach().clone() for key, value in trainable(model, name).items()}
     return start, config, model.unload()
-
-
-def _check_layers(model: PeftModel, name: str) -> None:
-    for layer, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        variant = getattr(module, "lora_variant", {}).get(name)
-        if variant is not None and not type(variant).__name__.startswith("Dora"):
-            kind = type(variant).__name__.removesuffix("Variant")
-            raise DecafError(f"LoRA variant {kind} on layer {layer} cannot be mixed between agents; use plain or DoRA")
-        if name in module.lora_A and isinstance(module.lora_A[name], nn.Linear):
-            shape = module.lora_B[name].weight.shape[0], module.lora_A[name].weight.shape[1]
-        elif name in module.lora_embedding_A:
-            shape = module.lora_embedding_B[name].shape[0], module.lora_embedding_A[name].shape[1]
-        else:
-            kind = type(module.get_base_layer()).__name__
-            raise DecafError(
-                f"layer {layer} ({kind}) is not linear, Conv1D or embedding; leave it out of target_modules"
-            )
-        if not module.scaling[name] > 0:
-            raise DecafError(
-                f"lora.lora_alpha makes the scaling of layer {layer} {module.scaling[name]:g}; it must be above 0"
-            )
-        if module.r[name] > min(shape):
-            raise DecafError(
-                f"rank {module.r[name]} exceeds layer {layer} of size {shape[0]} x {shape[1]}; lower lora.r"
-            )
-
-
-def _check_names(model: PeftModel, config: LoraConfig) -> None:
-    """Raise `DecafError` for what is named but does not exist; PEFT passes over it."""
-    names = [name.removeprefix("base_model.model.") for name, _ in model.named_modules()]
-    for wanted in config.modules_to_save or ():
-        if not any(name.split(".")[-1] == wanted or name.endswith(f".{wanted}") for name in names):
-            leaves = {name.split(".")[-1] for name in names}
-            raise DecafError(
-                f"lora.modules_to_save names {wanted!r}, which the model lacks{did_you_mean(wanted, leaves)}"
-            )
-    layers = [name for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    for field in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, field) or {}:
-            if not any(re.search(rf"(?:^|\.)(?:{pattern})$", layer) for layer in layers):
-                raise DecafError(f"lora.{field} names {pattern!r}, which matches no layer that gets an adapter")
-
-
-def _hint_targets(error: ValueError, model: nn.Module, config: LoraConfig) -> str:
-    message = " ".join(str(error).split())
-    if "not found in the base model" not in message and "No modules were targeted" not in message:
-        return message
-    leaves = sorted(
-        {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    )
-    targets = config.target_modules
-    wanted = [targets] if isinstance(targets, str) else sorted(targets or [])
-    hints = "".join(did_you_mean(target, leaves) for target in wanted[:1])
-    return f"target_modules {wanted} match nothing; linear layers there: {', '.join(leaves)}{hints}"

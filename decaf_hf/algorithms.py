@@ -5,6 +5,7 @@ products (consensus interference). `decaf` averages the products and returns to 
 (DeCAF, https://arxiv.org/abs/2505.21382). Trainable tensors that are no LoRA pair are averaged as they are.
 
 A product has no rank of its own, so where products are averaged every agent may have its own rank and scaling.
+A layer may hold several products in one dimension before the two, the experts of a mixture: each is mixed by itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -194,7 +195,7 @@ def layers_by_shape(adapters: Sequence[Adapter]) -> list[list[str]]:
 
 
 def stack_layers(adapter: Adapter, layers: Sequence[str]) -> LoraFactors:
-    """Factors of several layers of one shape as `A (layers, r, d_in)`, `B (layers, d_out, r)`."""
+    """Factors of several layers of one shape as `A (layers, ..., r, d_in)`, `B (layers, ..., d_out, r)`."""
     return LoraFactors(
         torch.stack([adapter.factors[layer].A for layer in layers]),
         torch.stack([adapter.factors[layer].B for layer in layers]),
@@ -226,7 +227,11 @@ def _widened(adapter: Adapter, like: Adapter) -> Adapter:
 
 
 def _average_others(own: Adapter, senders: Sequence[Adapter], weights: Sequence[float]) -> dict[str, Tensor]:
-    return {name: _weighted_sum([sender.others[name] for sender in senders], weights) for name in own.others}
+    """Counters of a head (whole numbers) stay an agent's own."""
+    return {
+        name: _weighted_sum([sender.others[name] for sender in senders], weights) if mine.is_floating_point() else mine
+        for name, mine in own.others.items()
+    }
 
 
 def _weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as from_bytes
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -124,7 +124,7 @@ def set_aside(path: Path) -> Path:
 def save(
     folder: Path,
     processes: Processes,
-    parameters: Mapping[int, Mapping[str, nn.Parameter]],
+    parameters: Mapping[int, Mapping[str, Tensor]],
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     trainer_state: TrainerState,
@@ -179,7 +179,7 @@ def save(
     return sum(size for part in everyone for size, _ in part.values())
 
 
-def load_adapters(folder: Path, parameters: Mapping[int, Mapping[str, nn.Parameter]]) -> None:
+def load_adapters(folder: Path, parameters: Mapping[int, Mapping[str, Tensor]]) -> None:
     """Put the hosted agents' adapters back."""
     for agent, own in parameters.items():
         tensors = _read(folder / agent_file(agent))
@@ -218,7 +218,7 @@ def load_progress(folder: Path, agents: Sequence[int]) -> tuple[Tensor, dict[str
 
 def load_training(
     folder: Path,
-    parameters: Mapping[int, Mapping[str, nn.Parameter]],
+    parameters: Mapping[int, Mapping[str, Tensor]],
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
 ) -> None:

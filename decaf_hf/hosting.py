@@ -16,6 +16,7 @@ import torch
 from accelerate.utils import find_batch_size
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -174,6 +175,8 @@ class Hosting:
             return
         if self.base_dropout:
             obstacle = "the base model's dropout is on, and its random masks cannot be each agent's own in one batch"
+        if any(isinstance(module, ParamWrapper) for module in self._tuned):
+            obstacle = "adapters of target_parameters (experts, routers) change the base's own tensor while it is used"
         obstacle = obstacle or self._differs(model, _uneven(model, inputs, len(self.agents), padding_side))
         if obstacle and self.mode == "batched":
             raise DecafError(f"network.hosting=batched is impossible: {obstacle}; use auto or turns")
@@ -328,7 +331,10 @@ class Hosting:
         Adapters start without effect (B = 0), so every agent's parameters are moved apart for the trial.
         """
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        parameters = [list(trainable(self.model, name).values()) for name in self._names]
+        parameters = [
+            [tensor for tensor in trainable(self.model, name).values() if isinstance(tensor, nn.Parameter)]
+            for name in self._names
+        ]
         kept = [[parameter.clone() for parameter in own] for own in parameters]
         was_training = model.training
         model.eval()
@@ -351,7 +357,7 @@ class Hosting:
                 if gap <= tolerance * effect
                 else f"the shared batch is off by {gap / effect:.1%} of the adapters' effect"
             )
-        except (RuntimeError, ValueError, TypeError, LookupError) as error:
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             return f"{type(error).__name__} in the shared batch: {' '.join(str(error).split())[:200]}"
         finally:
             for own, before in zip(parameters, kept, strict=True):

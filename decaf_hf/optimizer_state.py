@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from .adapters import as_factors, factor_tensors, pair_names
@@ -42,7 +42,7 @@ def check_turnable(optimizer: Optimizer) -> None:
         )
 
 
-def reset(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+def reset(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> None:
     """Forget an agent's moments and step counts of its LoRA pairs, as if the optimizer had just begun with them."""
     for pair in pair_names(parameters).values():
         for name in pair:
@@ -50,14 +50,14 @@ def reset(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
 
 
 @torch.no_grad()
-def turn(optimizer: Optimizer, parameters: Mapping[str, nn.Parameter], rotations: Mapping[str, Tensor]) -> None:
-    """Turn an agent's moments of its LoRA pairs by each layer's `Q (r, r)`, in place."""
+def turn(optimizer: Optimizer, parameters: Mapping[str, Tensor], rotations: Mapping[str, Tensor]) -> None:
+    """Turn an agent's moments of its LoRA pairs by each layer's `Q (r, r)`, or `(experts, r, r)`, in place."""
     for key, turned in _TURNS.items():
         # SGD without momentum keeps None
         state = {name: optimizer.state.get(own, {}).get(key) for name, own in parameters.items()}
         state = {name: tensor for name, tensor in state.items() if tensor is not None}
-        factors = {}
-        for layer, (A, B) in as_factors(state).items():
+        factors, stacks = {}, {layer: len(Q) for layer, Q in rotations.items() if Q.dim() == 3}
+        for layer, (A, B) in as_factors(state, stacks).items():
             Q = rotations[layer]
             factors[layer] = turned(LoraFactors(A.to(Q.dtype), B.to(Q.dtype)), Q)
         for name, tensor in factor_tensors(factors, state).items():

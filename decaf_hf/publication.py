@@ -126,6 +126,9 @@ def _adapter(record: Record, inside: str, where: str, base: str) -> Files:
 def _check_config(folder: Path, config: dict[str, Any], consensus: dict[str, Any]) -> None:
     """Raise `DecafError` unless a configuration is the consensus' but for its rank, and its weights have that rank."""
     for key in sorted((config.keys() | consensus.keys()) - {"r"}):
+        # the rank of a fused parameter goes with an agent's own (adapters.with_rank)
+        if key == "rank_pattern" and _in_proportion(config, consensus):
+            continue
         if _unordered(config.get(key)) != _unordered(consensus.get(key)):
             raise DecafError(
                 f"{folder / CONFIG}: {key} is {config.get(key)!r}, in that of the consensus {consensus.get(key)!r}; "
@@ -138,10 +141,20 @@ def _check_config(folder: Path, config: dict[str, Any], consensus: dict[str, Any
     if config.get("rank_pattern"):
         return
     for name, shape in _shapes(folder / WEIGHTS).items():
-        if "lora_A" in name and shape[0] != config.get("r"):
+        stacked = config.get("target_parameters") and shape[0] % config["r"] == 0  # one rank after another
+        if "lora_A" in name and shape[0] != config.get("r") and not stacked:
             raise DecafError(
                 f"{folder / CONFIG}: r is {config.get('r')!r}, but {name} has rank {shape[0]}; run the recipe again"
             )
+
+
+def _in_proportion(config: dict[str, Any], consensus: dict[str, Any]) -> bool:
+    """Whether a configuration's rank_pattern is the consensus', or by as much smaller as its rank."""
+    own, other = config.get("rank_pattern") or {}, consensus.get("rank_pattern") or {}
+    return own.keys() == other.keys() and all(
+        rank == other[pattern] or rank * consensus["r"] == other[pattern] * config["r"]
+        for pattern, rank in own.items()
+    )
 
 
 def _unordered(value: Any) -> Any:

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import networkx as nx
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import TrainerCallback
 
 from . import algorithms, exchange, optimizer_state, robust
-from .adapters import agent_name, as_adapter, as_tensors, pair_names, scalings, trainable, write
+from .adapters import agent_name, as_adapter, as_tensors, experts, pair_names, scalings, trainable, write
 from .errors import DecafError
 from .exchange import Processes
 from .files import append_line, write_text
@@ -35,6 +35,7 @@ class Layout(NamedTuple):
 
     like: dict[str, Tensor]  # by name, without values
     scaling: dict[str, float]
+    stacks: dict[str, int]  # adapters.experts
 
     def size(self, names: Sequence[str] | None = None) -> int:
         """Bytes of the named tensors, or of all."""
@@ -89,7 +90,7 @@ class Network:
         self.faults = faults
         self.robust = robust
         self.agents = list(processes.agents(num_agents))
-        self.parameters: dict[int, dict[str, nn.Parameter]] = {
+        self.parameters: dict[int, dict[str, Tensor]] = {
             agent: trainable(model, agent_name(agent)) for agent in self.agents
         }
         ranks = [None] * num_agents if ranks is None else ranks
@@ -261,18 +262,21 @@ class Network:
         return algorithms.consensus_distance(self._adapters(everyone))
 
     def _adapters(self, everyone: Mapping[int, Mapping[str, Tensor]]) -> list[algorithms.Adapter]:
-        return [as_adapter(everyone[agent], self.layouts[agent].scaling) for agent in sorted(everyone)]
+        layouts = self.layouts
+        return [
+            as_adapter(everyone[agent], layouts[agent].scaling, layouts[agent].stacks) for agent in sorted(everyone)
+        ]
 
     def _adapter(self, agent: int, buffer: Tensor) -> algorithms.Adapter:
         layout, own = self.layouts[agent], self.parameters[self.agents[0]]
         tensors = exchange.unpack(buffer, {name: layout.like[name] for name in self.travels})
         # What did not travel is common to all agents (the frozen A of dlora-fa).
         tensors = {name: tensors.get(name, own[name]) for name in own}
-        return as_adapter(tensors, layout.scaling)
+        return as_adapter(tensors, layout.scaling, layout.stacks)
 
     def _layout(self, model: PeftModel, agent: int) -> Layout:
         like = {name: torch.empty_like(tensor, device="meta") for name, tensor in self.parameters[agent].items()}
-        return Layout(like, scalings(model, agent_name(agent)))
+        return Layout(like, scalings(model, agent_name(agent)), experts(model, agent_name(agent)))
 
 
 class RoundCallback(TrainerCallback):

@@ -91,8 +91,6 @@ class DecentralizedMixin:
         eval_dataset = self._decaf_hosted_eval(eval_dataset, args)
         self._decaf_set_length(args)
 
-        base = {f"base {name}": tensor for name, tensor in frozen(model).items()}
-        self.decaf_base_digest = digest(base)
         with torch.random.fork_rng():
             torch.manual_seed(stream_seed(args.seed, "adapter"))
             model = add_agents(
@@ -102,6 +100,8 @@ class DecentralizedMixin:
                 freeze_a=ALGORITHMS[args.algorithm].freezes_a,
                 ranks=args.lora_ranks,
             )
+        base = {f"base {name}": tensor for name, tensor in frozen(model).items()}
+        self.decaf_base_digest = digest(base)
         start = {f"adapter {k}": v for k, v in trainable(model, CONSENSUS).items()}
         if self.decaf_processes.count > 1:
             tensors = {**base, **start, "mixing matrix of round 1": self.decaf_schedule.matrix(1)}

@@ -122,7 +122,10 @@ LORA = {
     "bias": (["lora.bias=all"], ("lora.bias='all'", "lora_bias")),
     "pissa": (["lora.init_lora_weights=pissa"], ("lora.init_lora_weights='pissa'", "gaussian")),
     "tokens": (["lora.trainable_token_indices=[1,2]"], ("lora.trainable_token_indices", "leave it out")),
-    "parameters": (["lora.target_parameters=[pooler.dense.weight]"], ("lora.target_parameters",)),
+    "parameters": (
+        ["lora.target_parameters=[pooler.dense.wieght]"],
+        ("lora.target_parameters", "did you mean 'weight'"),
+    ),
     "variant": (
         ["lora.use_bdlora={target_modules_bd_a: [query], target_modules_bd_b: [value], nblocks: 2}"],
         ("LoRA variant", "cannot be mixed"),

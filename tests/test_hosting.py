@@ -131,7 +131,7 @@ def trained(folder, **changes):
 def test_training_in_one_batch_equals_taking_turns(tmp_path, changes):
     batched = trained(tmp_path / "batched", hosting="batched", **changes)
     turns = trained(tmp_path / "turns", hosting="turns", **changes)
-    assert (batched.hosting.batched, turns.hosting.batched) == (True, False)
+    assert (batched.decaf_hosting.batched, turns.decaf_hosting.batched) == (True, False)
     tiny.assert_same(tiny.adapters(batched), tiny.adapters(turns), atol=1e-9)
     losses = [[line["loss"] for line in read_metrics(trainer.decaf_rounds.metrics)] for trainer in (batched, turns)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-9)
