@@ -9,6 +9,7 @@ import math
 import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
+from os.path import expanduser
 from pathlib import Path
 
 import networkx as nx
@@ -229,6 +230,8 @@ def mixing_schedule(
     if not is_file:
         require_one_of("network.topology", topology, TOPOLOGIES)
     check_options(topology, degree, probability)
+    if is_file:
+        topology = expanduser(topology)
 
     if is_file and not Path(topology).is_file():
         raise DecafError(

@@ -5,6 +5,7 @@ What a field means is said once, in its description. The `lora` and `training` s
 """
 
 import dataclasses
+import os
 import re
 import string
 import types
@@ -13,6 +14,7 @@ from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from enum import Enum
 from functools import partial, reduce
+from glob import glob
 from operator import or_
 from os.path import expanduser
 from pathlib import Path
@@ -220,7 +222,8 @@ class ModelSection(_Section):
         "VisionTextDualEncoder, classes told by a prompt.",
     )
     name_or_path: Text = Field(
-        description="The base model: a Hub id, a folder, or package:NAME/PATH, a folder inside an installed package."
+        description="The base model: a Hub id, a folder (seen from the folder where the command runs), or "
+        "package:NAME/PATH, a folder inside an installed package."
     )
     revision: Text | None = Field(None, description="Branch, tag or commit of a model on the Hub.")
     dtype: Literal["float32", "bfloat16", "float16"] | None = Field(
@@ -579,7 +582,9 @@ class Recipe(_Section):
         description="Name of the run: letters, digits, '.', '_' and '-', not '.' first.",
     )
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seed of everything but the held-out sets.")
-    output_dir: Text | None = Field(None, description="The run folder; runs/<name> when not given.")
+    output_dir: Text | None = Field(
+        None, description="The run folder, seen from where the command runs; runs/<name> when not given."
+    )
     checkpoint_rounds: int | None = Field(1, ge=1, description="A checkpoint every this many rounds; null for none.")
     model: ModelSection = Field(description="The frozen base model that all agents share.")
     lora: LoraSection = Field(
@@ -778,12 +783,42 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         key = tuple(str(error.full_key).split("."))
         raise DecafError(f"{origin(key)}: {error.full_key}: {_first_line(error)}") from None
     try:
-        return Recipe.model_validate(tree)
+        recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         first, *others = _problems(error, tree)
         more = f" (and {len(others)} more)" if others else ""
         key, message, keys = first
         raise DecafError(f"{origin(*keys)}: {key}: {message}{more}") from None
+    _check_paths(recipe, Path(path).absolute().parent)
+    return recipe
+
+
+def _check_paths(recipe: Recipe, beside: Path) -> None:
+    """Every path is seen from where the command runs; where one is meant that lies beside the recipe, say so."""
+    named = {
+        "model.name_or_path": recipe.model.name_or_path,
+        "data.source": recipe.data.source.replace("{agent}", "0"),
+        "data.test_source": recipe.data.test_source,
+        "network.topology": recipe.network.topology if recipe.network.topology not in TOPOLOGIES else None,
+    }
+    for key, given in named.items():
+        if given is None or given.startswith("package:") or _there(given):
+            continue
+        pathlike = given.startswith(".") or given.count("/") > 1 or Path(given).suffix != ""
+        folders = [beside, *beside.parents] if pathlike else [beside]  # else it may be a name on the Hub
+        found = next((folder for folder in folders if _there(str(folder / expanduser(given)))), None)
+        if found is not None:
+            raise DecafError(
+                f"{key}: no such file: {given!r} in {Path.cwd()}, where the command runs and from where a recipe's "
+                f"paths are seen; it is in {found}: run the command there"
+            )
+
+
+def _there(path: str) -> bool:
+    try:
+        return os.path.lexists(expanduser(path)) or bool(glob(expanduser(path), recursive=True))
+    except (OSError, ValueError, re.error):
+        return False
 
 
 def resolved_yaml(recipe: Recipe) -> str:

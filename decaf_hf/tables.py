@@ -160,6 +160,8 @@ def _dataset(
     name: str, names: Sequence[str], rows: Sequence[Any], columns: Mapping[str, str], places: Sequence[int]
 ) -> Dataset:
     """The asked columns of rows, each a list in the order of `names` or a mapping."""
+    if not names:
+        raise DecafError(f"{name!r} has no rows; fill it or name another data.source")
     require_columns(names, columns, name)
     table = {}
     for column, key in columns.items():

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from decaf_hf import checkpoint
 from decaf_hf.cli import main
+from decaf_hf.exchange import Processes
+from decaf_hf.recipe import read_recipe
 from decaf_hf.rounds import read_metrics
+from decaf_hf.sites import Sites, load_sites
 
 from . import tiny
 
@@ -128,6 +132,22 @@ def write_recipe(folder: Path, task: str = "text-classification", **sections: di
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return path
+
+
+def sites_of(folder: Path, task: str = "text-classification", agents: int = 2, **data: Any) -> Sites:
+    """What a recipe reads of its data, no model; with `{agent}` in the source each agent holds out its own."""
+    recipe: dict[str, Any] = {
+        "name": "read",
+        "model": {"name_or_path": "a-model-that-is-not-loaded", "task": task},
+        "data": {"test_size": 2, **data},
+        "network": {"agents": agents},
+        "algorithm": {"rounds": 1},
+        "training": {"per_device_train_batch_size": 1},
+    }
+    if "{agent}" in data["source"] and "test_source" not in data:
+        recipe["evaluation"] = {"on": "own"}
+    (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")  # text in quotes, also 1e1
+    return load_sites(read_recipe(folder / "recipe.yaml"), Processes())
 
 
 def outcome(folder: Path) -> dict[str, Any]:
