@@ -102,6 +102,27 @@ DATA = {
         ["data.source='site{agent}.csv'", "network.agents=4", "data.test_source=test.csv"],
         ("no such file", "site3.csv"),
     ),
+    "test_fault_d: files by another pattern": (
+        ["data.source='site{agent:02d}.csv'", "data.test_source=test.csv"],
+        ("data.source", "{agent:02d} is not replaced, only {agent} is", "from 0"),
+    ),
+    "test_fault_d: files numbered from 1": (
+        ["data.source='from{agent}.csv'", "data.test_source=test.csv"],
+        ("no such file: 'from0.csv'", "there is 'from1.csv'", "{agent} becomes 0 to 2"),
+    ),
+    "test_fault_d: files with leading zeros": (
+        ["data.source='zeros-{agent}.csv'", "data.test_source=test.csv"],
+        ("no such file: 'zeros-0.csv'", "there is 'zeros-00.csv'", "without leading zeros"),
+    ),
+    "one test set with {agent}": (
+        ["data.source='site{agent}.csv'", "data.test_source='site{agent}.csv'"],
+        ("data.test_source", "no {agent}", "evaluation.on"),
+    ),
+    "test_fault_d: more held out than there is": (["data.test_size=5000"], ("test_size is 5000", "only 90 samples")),
+    "more held out than an agent has": (
+        ["data.source='site{agent}.csv'", "data.test_size=5", "evaluation.on=own"],
+        ("agent 1: data.test_size is 5, but there are only 1 samples",),
+    ),
     "everything held out": (["data.test_size=90"], ("data.test_size is 90", "leaves 0")),
     "more tokens than positions": (["data.max_length=17"], ("data.max_length=17", "16 positions")),
 }
@@ -147,6 +168,8 @@ def test_data(folder, case):
         write_csv(folder / f"site{agent}.csv", owned_rows(["x"], count))
     for agent, count in enumerate((9, 9, 0)):
         write_csv(folder / f"empty{agent}.csv", owned_rows(["x"], count))
+    write_csv(folder / "from1.csv", owned_rows(["x"], 9))
+    write_csv(folder / "zeros-00.csv", owned_rows(["x"], 9))
     words, named = DATA[case]
     refused(folder, *words, named=named)
 
@@ -436,6 +459,43 @@ def test_a_head_of_another_size(folder):
     rows = ("data.source=two.csv", "data.text=text", "data.test_size=8")
     tiny.bert(torch.float32).save_pretrained(folder / "model")  # with the head for three labels stored
     refused(folder, *rows, named=("model.name_or_path", "2 labels (a, b)"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("data.source", "owned.csv"),
+        ("data.source", "texts"),
+        ("data.source", "./own*.csv"),
+        ("data.source", "'site{agent}.csv'"),
+        ("data.test_source", "owned.csv"),
+        ("model.name_or_path", "./model"),
+        ("network.topology", "edges.txt"),
+    ],
+)
+def test_fault_d_a_path_beside_the_recipe_is_told_where_to_run(folder, monkeypatch, key, value):
+    write_csv(folder / "owned.csv", owned_rows(["x", "y"], 12))
+    for agent in range(3):
+        write_csv(folder / f"site{agent}.csv", owned_rows(["x"], 9))
+    (folder / "edges.txt").write_text("0 1\n1 2\n", encoding="utf-8")
+    words = [f"{key}={value}", *(["evaluation.on=own"] if "{" in value else [])]
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    before = tree(folder)
+    code, _, err = command("train", "../recipe.yaml", *words)
+    one_line(code, err, key, f"no such file: {value}".replace("'", "").split("{")[0].split(" ")[0], str(folder), "run")
+    assert tree(folder) == before
+
+
+def test_paths_in_the_users_home(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    write_csv(folder / "owned.csv", owned_rows(["x", "y"], 12))
+    (folder / "edges.txt").write_text("0 1\n1 2\n", encoding="utf-8")
+    home = ("data.source=~/owned.csv", "data.test_source=~/owned.csv", "model.name_or_path=~/model")
+    words = ("network.topology=~/edges.txt", "output_dir=~/kept", "algorithm.rounds=1", "algorithm.local_steps=1")
+    assert command("train", "recipe.yaml", *home, *words)[0] == 0
+    assert (folder / "kept" / "summary.json").is_file()
+    assert not (folder / "~").exists()
 
 
 def test_a_single_label(folder):

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from PIL import Image
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModel, AutoTokenizer, EvalPrediction, PreTrainedTokenizerFast
@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoTokenizer, EvalPrediction, PreTrainedTok
 import decaf_hf.tasks
 from decaf_hf import DecentralizedTrainer
 from decaf_hf.adapters import agent_name, trainable
+from decaf_hf.data import load_source, tokenize
 from decaf_hf.errors import DecafError
 from decaf_hf.evaluation import evaluate_adapters
 from decaf_hf.exchange import Processes
@@ -552,3 +553,93 @@ def test_a_base_in_four_bits(tmp_path):
     recipe = read_recipe(path)
     model = load_task(recipe, list(LABELS)).model
     assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
+
+
+# ---- prompts that end in blanks, completions, rows that cannot be used
+
+
+def words_and_lines() -> PreTrainedTokenizerFast:
+    """Of bytes, with tokens of a line end, of two, of a colon with one, and of a blank before a word, as in GPT."""
+    alphabet = sorted(ByteLevel.alphabet())
+    known = {"[EOS]": 0, **{char: number for number, char in enumerate(alphabet, start=1)}}
+    merges = [("\u010a", "\u010a"), (":", "\u010a"), ("\u0120", "y"), ("o", "k")]
+    known |= {one + other: len(known) + number for number, (one, other) in enumerate(merges)}
+    inner = Tokenizer(BPE(known, merges))
+    inner.pre_tokenizer, inner.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="[EOS]", pad_token="[EOS]")
+
+
+@pytest.mark.parametrize("end", [":\n", ":\n\n", ": ", ":", ":\t", ""])
+@pytest.mark.parametrize("completion", ["ok", " yes", "\nok"])
+def test_fault_c4_an_answer_follows_the_tokens_of_the_prompt_as_it_stands(tmp_path, end, completion):
+    """Who asks has the prompt's tokens alone; where the split is clean, all are those of the joined text."""
+    tokenizer, prompt = words_and_lines(), "Q {text}" + end
+    data = read_recipe(recipe_of(tmp_path, "instructions", data={"prompt": prompt, "completion": completion})).data
+    data.max_length = 40
+    (row,) = decaf_hf.tasks.language.encode(Dataset.from_dict({"text": ["ab"]}), data, tokenizer, None)
+    alone = tokenizer(prompt.format(text="ab"))["input_ids"]
+    joined = tokenizer(prompt.format(text="ab") + completion)["input_ids"]
+    assert row["input_ids"][: len(alone)] == alone
+    assert row["labels"][: len(alone)] == [-100] * len(alone)
+    assert row["labels"][len(alone) :] == row["input_ids"][len(alone) :]
+    assert tokenizer.decode(row["input_ids"]) == prompt.format(text="ab") + completion + "[EOS]"
+    if joined[: len(alone)] == alone:
+        assert row["input_ids"] == [*joined, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("prompt", ["Q {text}:\n", "Q {text}:\n\n", "Q {text}: "])
+def test_fault_c4_label_words_after_a_prompt_that_ends_in_blanks(tmp_path, prompt):
+    tokenizer = words_and_lines()
+    words = {"a": "ok", "b": "no"}
+    data = read_recipe(recipe_of(tmp_path, "label words", data={"prompt": prompt, "label_words": words})).data
+    found = decaf_hf.tasks.language.word_ids(data, tokenizer, ["a", "b"])
+    assert [tokenizer.decode(word) for word in found] == ["ok", "no"]
+    data.max_length = 40
+    rows = Dataset.from_dict({"text": ["ab", "cd"], "labels": [0, 1]})
+    for row, word in zip(decaf_hf.tasks.language.encode(rows, data, tokenizer, found), found, strict=True):
+        assert row["input_ids"][-len(word) :] == [label for label in row["labels"] if label != -100] == word
+
+
+def test_fault_c4_alpaca_trains(tmp_path):
+    rows = [{"instruction": f"paint the {word}", "input": ["", None, "museum"][n % 3], "output": "law"}
+            for n, word in enumerate(["cell", "gene", "plant", "court", "judge"] * 6)]  # fmt: skip
+    (tmp_path / "alpaca.json").write_text(json.dumps(rows), encoding="utf-8")
+    data = {"source": str(tmp_path / "alpaca.json"), "test_size": 3, "max_length": 12, "label_words": None,
+            "prompt": "{instruction}\n{input}\nverdict \n", "completion": "{output}"}  # fmt: skip
+    path = write_recipe(tmp_path, task="causal-lm", data=data, evaluation={"metrics": ["perplexity"]})
+    assert command("train", path)[0] == 0
+    recipe = read_recipe(path)
+    (row, *_) = load_task(recipe, []).encode(load_sites(recipe, Processes()).train[0])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert "None" not in tokenizer.decode(row["input_ids"])
+
+
+def test_fault_d_a_completion_that_is_too_long_is_told_by_its_place(tmp_path):
+    """The agent and the row of its own file, as it is given: not that of what is left after the hold-out."""
+    for agent in range(3):
+        lines = [f"paint {agent},gene\n"] * 12
+        if agent == 1:
+            lines[7] = "paint," + " ".join(20 * ["law"]) + "\n"
+        (tmp_path / f"site{agent}.csv").write_text("text,answer\n" + "".join(lines), encoding="utf-8")
+    data = {"source": str(tmp_path / "site{agent}.csv"), "test_size": 2, "completion": " {answer}"}
+    path = recipe_of(tmp_path, "instructions", data=data)
+    code, _, err = command("train", path, "evaluation.on=own")
+    assert code == 2
+    assert "agent 1: row 7 of " in err
+    assert "site1.csv' (counting from 0): data.max_length=16 leaves no room for text beside" in err
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_fault_d_a_text_without_tokens_is_told_by_its_place(tmp_path):
+    """A tokenizer may drop what it does not know."""
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE({"a": 0, "b": 1}, [])), pad_token="a")
+    (tmp_path / "a.txt").write_text("a b\n\nxyz\n", encoding="utf-8")
+    rows = load_source(str(tmp_path / "a.txt"), texts={"data.text": ["text"]})
+    data = read_recipe(recipe_of(tmp_path, "plain texts")).data
+    for encode in (
+        lambda: decaf_hf.tasks.language.encode(rows, data, tokenizer, None),
+        lambda: tokenize(rows, tokenizer, "text", 8),
+    ):
+        with pytest.raises(DecafError, match=r"row 2 of .*a\.txt' \(counting from 0\).*has no token: 'xyz'"):
+            encode()
