@@ -14,6 +14,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import TemplateError
 
+from . import loading
 from .errors import DecafError
 from .files import write_text
 from .images import class_prompts
@@ -166,27 +167,17 @@ def base_name(base: str) -> str:
 
 def loading_snippet(record: Record, *, base: str, adapter: str, revision: str | None = None) -> str:
     """The lines of Python that load an adapter; `adapter` is a folder or a repository."""
-    model = record.recipe.model if record.recipe is not None else None
-    auto_class = record.kind.auto_class
     options: dict[str, Any] = {}
-    if auto_class.endswith("Classification"):
-        if 0 < len(record.labels) <= 20:
-            options["id2label"] = dict(enumerate(record.labels))  # how many there are, and what a pipeline calls them
-        else:
-            options["num_labels"] = record.summary["num_labels"]
-    if model is not None:
+    if record.kind.auto_class.endswith("Classification"):
+        summary = record.summary
+        options |= loading.head_options(
+            record.labels, num_labels=summary["num_labels"], pad_token_id=summary.get("pad_token_id")
+        )
+    if record.recipe is not None:
         if not revision:
             base = model_location(record.recipe)
-        options |= {"revision": model.revision, "dtype": model.dtype}
-        options |= {"trust_remote_code": True} if model.trust_remote_code else {}
-        options |= {"gguf_file": model.gguf_file}
-    given = "".join(f", {name}={value!r}" for name, value in options.items() if value is not None)
-    pinned = "" if revision is None else f", revision={revision!r}"
-    return (
-        f"from peft import PeftModel; from transformers import {auto_class}\n"
-        f"base = {auto_class}.from_pretrained({base!r}{given})\n"
-        f"model = PeftModel.from_pretrained(base, {adapter!r}{pinned})"
-    )
+        options |= loading.model_options(record.recipe)
+    return loading.snippet(record.kind.auto_class, base, options, adapter, revision)
 
 
 def _prompts(record: Record) -> str | None:

@@ -5,6 +5,7 @@ run, so that on the run's own data the scores are those of its summary.json.
 """
 
 import json
+import secrets
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ from .metrics import LOWER_IS_BETTER, resampled_scores, scores
 from .partition import MAX_AGENTS_SHOWN
 from .recipe import Recipe, read_recipe
 from .run import config_of
+from .selfcheck import ArtifactError, check_loaded
 from .sites import load_sites
 from .tasks import Task, load_task
 
@@ -90,6 +92,10 @@ def evaluate_adapters(
 
     own = isinstance(parts, list)
     parts = [task.encode(part) for part in parts] if own else task.encode(parts)
+    if recipe.evaluation.verify_saved:
+        first = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader(parts[0] if own else parts))))
+        first.pop("labels", None)
+        check_loaded(model, dict(list(folders.items())[:2]), first, task, recipe)
     generator = np.random.default_rng(seed)
     if own:
         everywhere = [judge(CONSENSUS, part, generator) for part in parts]
@@ -236,7 +242,16 @@ def _trainer(
 ) -> tuple[PeftModel, Trainer, Task]:
     """The base with all adapters, a Trainer that judges them, the task."""
     args = config_of(recipe)
-    task = load_task(recipe, labels if recipe.labeled else [])
+    # What the adapters need and do not hold is drawn anew: the run's own seed would hide that it is missing.
+    drawn_anew = recipe.model_copy(update={"seed": secrets.randbits(32)})
+    task = load_task(drawn_anew, labels if recipe.labeled else [])
+    for name, folder in folders.items():
+        lacking = [key for key in task.base.missing if f"base_model.model.{key}" not in tensors[name]]
+        if lacking:
+            raise ArtifactError(
+                f"{folder} holds no {lacking[0]}, and neither do the base model's files: it is drawn anew each time, "
+                "so no score of this adapter can be believed; train again"
+            )
     model = _load_adapters(task.model, folders, tensors)
     trainer = Trainer(
         model=model,

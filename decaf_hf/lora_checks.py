@@ -18,6 +18,7 @@ from torch import nn
 from .errors import DecafError, did_you_mean
 
 SHOWN = 5  # layers that a message lists
+ROOT = "base_model.model."  # what PEFT puts before a base model's own names
 # What PEFT adds to modules_to_save by itself (peft 0.21, PeftModelForSequenceClassification and its like).
 PEFT_HEADS = {
     TaskType.SEQ_CLS: ("classifier", "score"),
@@ -236,11 +237,13 @@ def _saved(name: str, config: LoraConfig) -> bool:
 
 
 def _names(wanted: str, name: str) -> bool:
+    if wanted.startswith(ROOT):  # a name from the root of the model
+        return name == wanted.removeprefix(ROOT)
     return name == wanted or name.endswith(f".{wanted}")
 
 
 def _plain(name: str) -> str:
-    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+    return name.removeprefix(ROOT).replace(".base_layer", "")
 
 
 def _leaf(name: str) -> str:

@@ -552,6 +552,12 @@ class EvaluationSection(_Section):
     split: Literal["test", "validation"] = Field(
         "test", description="Which held-out set is judged: validation for choosing settings, test for the result."
     )
+    verify_saved: bool = Field(
+        True,
+        description="Load saved adapters as the model card says, on a base model loaded anew, and compare its answers "
+        "with those that were judged: once before training, with adapters for a trial, and once after saving. Each "
+        "time the base model is in memory twice; false leaves it out.",
+    )
 
 
 class HubSection(_Section):

@@ -34,8 +34,9 @@ from .push import PushCallback
 from .recipe import HubSection, Recipe, read_recipe, resolved_yaml
 from .report import write_report
 from .rounds import read_metrics
+from .selfcheck import rehearse, verify
 from .sites import Sites, load_sites
-from .tasks import load_task, lora_config, model_location
+from .tasks import Task, check_tokens, load_task, lora_config, model_location
 from .trainer import DecentralizedTrainer
 
 LAUNCH = "launch.json"  # which launch began a run, or last resumed it
@@ -63,14 +64,15 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet:
     exchange.agree(processes, _flat(recipe.model_dump(exclude={"output_dir"})))
     sites = load_sites(recipe, processes)
     with _no_empty_folder(folder):
-        trainer = build_trainer(recipe, sites, processes)
+        trainer, task = build_trainer(recipe, sites, processes)
         exchange.together(processes, lambda: _try_out(trainer))
+        exchange.together(processes, lambda: rehearse(trainer, task, recipe, sites.labels))
     if resume:
         exchange.together(processes, lambda: _check_samples(folder, sites))
     with contextlib.ExitStack() as held:
         exchange.together(processes, lambda: held.enter_context(held_alone(folder)) if processes.is_main else None)
         exchange.together(processes, lambda: _check_folder(folder, recipe, resume, overwrite))  # as it is by now
-        _train(recipe, trainer, sites, processes, console, resume=resume, overwrite=overwrite, launch=launch)
+        _train(recipe, trainer, task, sites, processes, console, resume=resume, overwrite=overwrite, launch=launch)
     if processes.is_main and recipe.hub.repo_id is not None:
         _publish(folder, recipe.hub, console)
     return trainer
@@ -114,7 +116,7 @@ def trial(recipe: Recipe) -> float | None:
     with tempfile.TemporaryDirectory(prefix="decaf-") as folder, contextlib.redirect_stdout(io.StringIO()):
         short = recipe.model_copy(update={**changes, "output_dir": folder})
         start = time.perf_counter()
-        trainer = build_trainer(short, load_sites(short, processes), processes)
+        trainer, _ = build_trainer(short, load_sites(short, processes), processes)
         _try_out(trainer)
         ready = time.perf_counter()
         try:
@@ -135,6 +137,7 @@ def trial(recipe: Recipe) -> float | None:
 def _train(
     recipe: Recipe,
     trainer: DecentralizedTrainer,
+    task: Task,
     sites: Sites,
     processes: Processes,
     console: Console,
@@ -174,6 +177,8 @@ def _train(
     console.print(
         f"{recipe.algorithm.name} on {trainer.decaf_schedule.topology}, spectral gap {gap:.3f}", highlight=False
     )
+    if task.base.about_head is not None:
+        console.print(task.base.about_head, highlight=False, markup=False, soft_wrap=True)
     push = None
     if recipe.hub.repo_id is not None and recipe.hub.every_rounds is not None:
         push = PushCallback(trainer, recipe.hub, say=lambda text: print(text, file=sys.stderr, flush=True))
@@ -188,6 +193,8 @@ def _train(
         if push is not None:
             push.finish()
     if processes.is_main:
+        if recipe.evaluation.verify_saved:
+            verify(trainer, folder, task, recipe, sites.labels)
         write_report([folder], folder)
         write_card(folder)
         _say_end(console, recipe, trainer)
@@ -266,8 +273,8 @@ def _publish(folder: Path, hub: HubSection, console: Console) -> None:
         ) from error
 
 
-def build_trainer(recipe: Recipe, sites: Sites, processes: Processes) -> DecentralizedTrainer:
-    """The trainer of a recipe on its data; writes nothing but the empty run folder."""
+def build_trainer(recipe: Recipe, sites: Sites, processes: Processes) -> tuple[DecentralizedTrainer, Task]:
+    """The trainer of a recipe on its data, and its task; writes nothing but the empty run folder."""
     task = exchange.together(processes, lambda: load_task(recipe, sites.labels))
 
     def encode(data):
@@ -280,12 +287,15 @@ def build_trainer(recipe: Recipe, sites: Sites, processes: Processes) -> Decentr
             return task.encode(part)
 
     def encode_all():
-        return encode(sites.train), encode(sites.held_out[recipe.evaluation.split])
+        train, held_out = encode(sites.train), encode(sites.held_out[recipe.evaluation.split])
+        if recipe.samples == "texts":
+            check_tokens(task, [part for part in train if part is not None])
+        return train, held_out
 
     train, held_out = exchange.together(processes, encode_all)
-    config = exchange.together(processes, lambda: lora_config(recipe, task.model))
+    config = exchange.together(processes, lambda: lora_config(recipe, task))
     with _of_training():
-        return DecentralizedTrainer(
+        trainer = DecentralizedTrainer(
             model=task.model,
             args=config_of(recipe),
             peft_config=config,
@@ -297,6 +307,7 @@ def build_trainer(recipe: Recipe, sites: Sites, processes: Processes) -> Decentr
             preprocess_logits_for_metrics=task.reduce,
             augment=task.augment,
         )
+    return trainer, task
 
 
 def _try_out(trainer: DecentralizedTrainer) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .files import write_text
+from .new_layers import padding_token
 from .rounds import read_metrics
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def summarize(trainer: "DecentralizedMixin") -> dict[str, Any]:
         "training": {name: _plain(getattr(args, name)) for name in TRAINING},
         "base_model_is_local": Path(trainer.model.get_base_model().name_or_path).is_dir(),
         "num_labels": getattr(trainer.model.config, "num_labels", None),
+        "pad_token_id": _pad_token_id(trainer),
         "processes": trainer.decaf_processes.count,
         "hosting": "batched" if trainer.decaf_hosting.batched else "turns",
         "eval": trainer.decaf_current_evaluation,
@@ -93,6 +95,13 @@ def summarize(trainer: "DecentralizedMixin") -> dict[str, Any]:
         "versions": versions(),
         "git_commit": git_commit(),
     }
+
+
+def _pad_token_id(trainer: "DecentralizedMixin") -> int | None:
+    """By what a text classifier tells padding from text, if its base must be told so to answer the same."""
+    if trainer.model.active_peft_config.task_type != "SEQ_CLS":
+        return None
+    return padding_token(trainer.model.get_base_model())
 
 
 def _plain(value: Any) -> Any:

@@ -1,10 +1,15 @@
 """What a recipe's task means: the base model and its head, how samples are read, what is scored."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import transformers
 from datasets import Dataset
@@ -27,8 +32,12 @@ from . import images, language
 from .data import resolve_package, tokenize
 from .errors import DecafError
 from .metrics import Outcomes, class_outcomes
+from .new_layers import heads, names_to_save, positions_after_padding
 from .recipe import Recipe
 from .seeds import stream_seed
+
+# Shares of unknown tokens in the training texts from which a tokenizer is refused, or warned of.
+MOST_UNKNOWN, MANY_UNKNOWN = 0.5, 0.3
 
 
 class Kind(NamedTuple):
@@ -47,26 +56,48 @@ KINDS = {
 }
 
 
+class Base(NamedTuple):
+    """A base model as it was loaded for a task."""
+
+    model: PreTrainedModel
+    missing: list[str]  # tensors that its files do not hold, which everyone draws otherwise
+    trained_whole: list[str]  # modules that are trained and saved with each adapter: heads, and what is missing
+    about_head: str | None  # what a user should know of them
+
+
 @dataclass(frozen=True)
 class Task:
     """The base model of a recipe and what a Trainer needs to know of its task."""
 
-    model: PreTrainedModel
+    base: Base
     processor: PreTrainedTokenizerBase | BaseImageProcessor
     encode: Callable[[Dataset], Dataset]  # samples as they were loaded -> rows for `collate`
     collate: Callable[[list[dict]], dict[str, Any]]
     outcomes: Callable[[EvalPrediction], Outcomes]
     reduce: Callable[[Any, Tensor], Any] | None = None  # what of the logits is kept for `outcomes`; None for all
     augment: Callable[[dict, int], dict] | None = None  # (row, seed) -> the row changed at random, in training
+    ask: Callable[[PreTrainedModel], None] | None = None  # lets a base, as anyone loads it, answer as `model` does
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The base model."""
+        return self.base.model
 
 
 def load_task(recipe: Recipe, labels: Sequence[str]) -> Task:
     """Load the base model of a recipe for its task and labels. Raises `DecafError` for what does not fit together."""
+    with quiet():
+        return _TASKS[recipe.model.task](recipe, list(labels))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Load models without transformers' reports: that a base lacks its head is what we want, not worth a warning."""
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # that the base lacks the head is what we want, not worth a warning
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        return _TASKS[recipe.model.task](recipe, list(labels))
+        yield
     finally:
         logging.set_verbosity(verbosity)
 
@@ -83,57 +114,99 @@ def model_location(recipe: Recipe) -> str:
     return str(path) if path.is_dir() else name
 
 
-def lora_config(recipe: Recipe, model: PreTrainedModel) -> LoraConfig:
-    """The adapter of the recipe; a new image classification head is trained with it, as PEFT does for texts.
+def lora_config(recipe: Recipe, task: Task) -> LoraConfig:
+    """The adapter of the recipe. With it are trained and saved the head of a classifier and whatever else the base
+    model's files do not hold.
 
     Raises `DecafError` for values that PEFT refuses.
     """
     given = recipe.lora_fields
     peft_type = KINDS[recipe.model.task].peft
-    if recipe.model.task == "image-classification" and "modules_to_save" not in given:
-        base = getattr(model, model.base_model_prefix, None)
-        given["modules_to_save"] = [
-            name
-            for name, module in model.named_children()
-            if module is not base and any(True for _ in module.parameters())
-        ]
-        if base is None or not given["modules_to_save"]:
-            raise DecafError(
-                f"lora.modules_to_save: the new head of {type(model).__name__} is not found by itself; name it, as "
-                "[classifier]"
-            )
+    by_peft = ("classifier", "score") if peft_type == "SEQ_CLS" else ()  # PEFT names these itself
+    whole = [*(given.get("modules_to_save") or []), *(name for name in task.base.trained_whole if name not in by_peft)]
+    if whole:
+        given["modules_to_save"] = list(dict.fromkeys(whole))
+    if recipe.model.task == "image-classification" and not whole:
+        raise DecafError(
+            f"lora.modules_to_save: the head of {type(task.model).__name__} is not found by itself; name it, as "
+            "[classifier]"
+        )
     try:
         return LoraConfig(task_type=None if peft_type is None else TaskType(peft_type), **given)
     except (ValueError, TypeError) as error:
         raise DecafError(f"lora: {' '.join(str(error).split())}") from error
 
 
+def check_tokens(task: Task, parts: Sequence[Dataset]) -> None:
+    """Look at the tokens of encoded texts: they must be the model's, and words must be known to the tokenizer.
+
+    A folder without its tokenizer's files gives an empty tokenizer, to which every word is unknown. Raises
+    `DecafError`, and warns of many unknown words.
+    """
+    tokens = [pc.list_flatten(part.with_format("arrow")["input_ids"][:]) for part in parts if len(part)]
+    tokenizer, total = task.processor, sum(map(len, tokens))
+    if not total:
+        return
+    rows = task.model.get_input_embeddings().weight.shape[0]
+    largest = max(pc.max(ids).as_py() for ids in tokens)
+    if largest >= rows:
+        raise DecafError(
+            f"model.name_or_path: the tokenizer numbers its tokens up to {largest} ({tokenizer.decode([largest])!r}), "
+            f"but the model has embeddings for {rows}; give a model with its own tokenizer"
+        )
+    if tokenizer.unk_token_id is None:
+        return
+    special = pa.array(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}, pa.int64())
+    unknown = sum(pc.sum(pc.equal(ids, tokenizer.unk_token_id)).as_py() for ids in tokens)
+    words = sum(pc.sum(pc.invert(pc.is_in(pc.cast(ids, pa.int64()), special))).as_py() for ids in tokens)
+    share = unknown / max(words, 1)
+    if share > MOST_UNKNOWN:
+        raise DecafError(
+            f"model.name_or_path: {share:.0%} of the tokens of the training texts are unknown to the tokenizer "
+            f"({tokenizer.unk_token}, {len(tokenizer)} tokens in its vocabulary); does the folder hold the files of "
+            "its tokenizer, and is it for these texts?"
+        )
+    if share > MANY_UNKNOWN:
+        print(
+            f"warning: {share:.0%} of the tokens of the training texts are unknown to the tokenizer", file=sys.stderr
+        )
+
+
 def _text_classification(recipe: Recipe, labels: list[str]) -> Task:
     tokenizer = _load_tokenizer(recipe)
-    model = _load_model(recipe, _label_options(labels))
-    _check_length(recipe, model.config)
-    model.config.pad_token_id = tokenizer.pad_token_id
+    if tokenizer.pad_token is None:
+        raise DecafError(
+            f"model.name_or_path: the tokenizer of {recipe.model.name_or_path!r} has neither a padding token nor an "
+            "end token, and a batch of texts needs one; set tokenizer.pad_token and save it again"
+        )
+    base = _load_model(recipe, _label_options(labels))
+    _check_length(recipe, base.model)
+    if not positions_after_padding(base.model):  # these count from their own padding index
+        # decoders find a text's last token by it
+        base.model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return Task(
-        model,
+        base,
         tokenizer,
         encode=lambda rows: tokenize(rows, tokenizer, recipe.data.text, recipe.data.max_length),
         collate=DataCollatorWithPadding(tokenizer),
         outcomes=class_outcomes,
+        reduce=_logits,
     )
 
 
 def _causal_lm(recipe: Recipe, labels: list[str]) -> Task:
     tokenizer = _load_tokenizer(recipe)
     words = language.word_ids(recipe.data, tokenizer, labels) if recipe.labeled else None
-    model = _load_model(recipe, {})
-    _check_length(recipe, model.config)
-    model.config.use_cache = False  # keys and values are for generating
+    base = _load_model(recipe, {})
+    model = base.model
+    _check_length(recipe, model)
+    _check_causal(model)
     model.loss_type = "ForCausalLM"  # some are named otherwise (GPT2LMHeadModel)
     return Task(
-        model,
+        base,
         tokenizer,
         encode=lambda rows: language.encode(rows, recipe.data, tokenizer, words),
-        collate=language.collator(model, tokenizer, whole=_tunes_output_layer(recipe, model)),
+        collate=language.collator(model, tokenizer, whole=_tunes_output_layer(recipe, base)),
         outcomes=language.outcomes(words),
         reduce=language.reducer(words),
     )
@@ -141,13 +214,13 @@ def _causal_lm(recipe: Recipe, labels: list[str]) -> Task:
 
 def _image_classification(recipe: Recipe, labels: list[str]) -> Task:
     processor = _load_part(AutoImageProcessor, recipe)
-    model = _load_model(recipe, _label_options(labels))
-    return _image_task(recipe, model, processor)
+    return _image_task(recipe, _load_model(recipe, _label_options(labels)), processor)
 
 
 def _image_text(recipe: Recipe, labels: list[str]) -> Task:
     tokenizer, processor = _load_tokenizer(recipe), _load_part(AutoImageProcessor, recipe)
-    model = _load_model(recipe, {})
+    base = _load_model(recipe, {})
+    model = base.model
     if not hasattr(model, "logit_scale") or hasattr(model, "logit_bias"):  # the bias: SigLIP, which reads otherwise
         raise DecafError(
             f"model.name_or_path: {type(model).__name__} is no encoder of images and texts; name a CLIP or a "
@@ -169,7 +242,8 @@ def _image_text(recipe: Recipe, labels: list[str]) -> Task:
                 "otherwise with data.label_words"
             )
     images.answer_by_prompts(model, prompts)
-    return _image_task(recipe, model, processor)
+    task = _image_task(recipe, base, processor)
+    return dataclasses.replace(task, ask=lambda model: images.answer_by_prompts(model, prompts))
 
 
 _TASKS = {
@@ -180,13 +254,14 @@ _TASKS = {
 }
 
 
-def _image_task(recipe: Recipe, model: PreTrainedModel, processor: BaseImageProcessor) -> Task:
+def _image_task(recipe: Recipe, base: Base, processor: BaseImageProcessor) -> Task:
     return Task(
-        model,
+        base,
         processor,
         encode=lambda rows: images.encode(rows, recipe.data.image),
         collate=images.collator(processor),
         outcomes=class_outcomes,
+        reduce=_logits,
         augment=images.augmenter(recipe.data.augment, processor),
     )
 
@@ -219,45 +294,128 @@ def _load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _load_model(recipe: Recipe, head: dict[str, Any]) -> PreTrainedModel:
-    """The base model in its number format; a new head is drawn from the recipe's seed."""
+def _load_model(recipe: Recipe, head: dict[str, Any]) -> Base:
+    """The base model in its number format.
+
+    What the base's files do not hold is drawn from the recipe's seed. Nothing in the base's own configuration decides
+    what is learned: the loss is the task's, and outputs beside the logits are off.
+    """
     section = recipe.model
+    stored = _load_part(AutoConfig, recipe)
     options: dict[str, Any] = {"config": _load_part(AutoConfig, recipe, **head)}
     if section.dtype is not None:
         options["dtype"] = section.dtype
-    if section.load_in_4bit:
-        computes = getattr(torch, section.dtype or "float32")
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computes
-        )
+    quantization = quantization_config(recipe)
+    if quantization is not None:
+        options["quantization_config"] = quantization
     elif section.gguf_file is not None and hasattr(transformers, "GgufConfig"):  # since transformers 5.23
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         with torch.random.fork_rng():
             torch.manual_seed(stream_seed(recipe.seed, "head"))
-            model = _load_part(getattr(transformers, KINDS[section.task].auto_class), recipe, **options)
+            auto_class = getattr(transformers, KINDS[section.task].auto_class)
+            model, info = _load_part(auto_class, recipe, output_loading_info=True, **options)
         if section.gguf_file is not None and getattr(model, "hf_quantizer", None) is not None:
             model.hf_quantizer.remove_quantization_config(model)  # expanded, it is a model like any other
-        return model
     except RuntimeError as error:
         if "ignore_mismatched_sizes" not in str(error):
             raise
-        labels = list(head["id2label"].values())
+        labels = list(head["id2label"].values()) if head else []
         raise DecafError(
             f"model.name_or_path: the head of {section.name_or_path!r} is not for {len(labels)} labels "
             f"({', '.join(labels[:5])}{', ...' if len(labels) > 5 else ''}); name a base model without that head"
         ) from error
+    _plain_outputs(model)
+    missing = info["missing_keys"]
+    head_names = heads(model) if head else []
+    whole = names_to_save(model, missing, head_names)
+    about = _about_head(recipe, head, stored, head_names, missing, whole)
+    return Base(model, sorted(missing), whole, about)
 
 
-def _check_length(recipe: Recipe, config: Any) -> None:
-    longest = getattr(config, "max_position_embeddings", None)
-    if longest is not None and recipe.data.max_length > longest:
-        raise DecafError(f"data.max_length={recipe.data.max_length} exceeds the model's {longest} positions; lower it")
+def quantization_config(recipe: Recipe) -> BitsAndBytesConfig | None:
+    """How the base's weights are kept in 4 bits; None where they are not."""
+    if not recipe.model.load_in_4bit:
+        return None
+    computes = getattr(torch, recipe.model.dtype or "float32")
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=computes)
 
 
-def _tunes_output_layer(recipe: Recipe, model: PreTrainedModel) -> bool:
+def _plain_outputs(model: PreTrainedModel) -> None:
+    """Let the model answer with its logits alone, whatever its configuration says, and by the loss of its task."""
+    for config in {id(config): config for config in (model.config, model.config.get_text_config())}.values():
+        config.return_dict = True
+        config.use_cache = False  # keys and values are for generating
+        config.output_hidden_states = False
+        config.output_attentions = False
+        if getattr(config, "output_router_logits", False):  # also a loss of its own, of routers that are frozen
+            config.output_router_logits = False
+        config.problem_type = "single_label_classification"
+
+
+def _about_head(
+    recipe: Recipe, head: dict[str, Any], stored: Any, heads: list[str], missing: set[str], whole: list[str]
+) -> str | None:
+    """A sentence on what is new in the model and which head the base brought.
+
+    Raises `DecafError` for a head whose classes are the run's in another order.
+    """
+    brought = [name for name in heads if not any(key.startswith(f"{name}.") for key in missing)]
+    if head and brought:
+        theirs = [str(name) for _, name in sorted((stored.id2label or {}).items())]
+        ours = list(head["id2label"].values())
+        if theirs != ours and sorted(theirs) == sorted(ours):
+            raise DecafError(
+                f"data.labels: the head that {recipe.model.name_or_path!r} brings has its classes in another order; "
+                f"set data.labels to [{', '.join(theirs)}], or name a base model without that head"
+            )
+        return (
+            f"all agents start from the head that the base model brings ({', '.join(brought)}; its classes: "
+            f"{', '.join(theirs[:5])}{', ...' if len(theirs) > 5 else ''})"
+        )
+    return f"new layers, trained and saved with every adapter: {', '.join(whole)}" if missing else None
+
+
+def _logits(outputs: Any, _: Tensor) -> Tensor:
+    """A Trainer's `preprocess_logits_for_metrics`: the logits among what a classifier answers, which come first."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def _check_length(recipe: Recipe, model: PreTrainedModel) -> None:
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is None or longest <= 0:  # XLNet says -1: any length
+        return
+    longest = min([longest, *positions_after_padding(model)])
+    if recipe.data.max_length > longest:
+        raise DecafError(
+            f"data.max_length={recipe.data.max_length} exceeds the model's {longest} positions; set it to {longest} "
+            "or less"
+        )
+
+
+@torch.no_grad()
+def _check_causal(model: PreTrainedModel) -> None:
+    """Raise `DecafError` for a model whose logits at a token depend on the tokens after it: it sees the answers."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    ids = (torch.arange(8, device=model.device) * 7 + 5) % rows
+    other = ids.clone()
+    other[-1] = (ids[-1] + 1) % rows
+    first, second = model(input_ids=torch.stack([ids, other])).logits[:, :-1].float()
+    if (first - second).abs().max() > 1e-3 * (first - first.mean(-1, keepdim=True)).abs().max():
+        raise DecafError(
+            f"model.name_or_path: {type(model).__name__} is no decoder: it sees the tokens that it is asked for; name "
+            "a decoder, or an encoder whose config.json says is_decoder: true"
+        )
+
+
+def _tunes_output_layer(recipe: Recipe, base: Base) -> bool:
+    model = base.model
     output = model.get_output_embeddings()
     leaf = next((name.rpartition(".")[2] for name, module in model.named_modules() if module is output), None)
     targets = recipe.lora.target_modules or []
     named = [targets] if isinstance(targets, str) else [*targets]
-    return leaf in [*named, *(recipe.lora.modules_to_save or [])]
+    return leaf in [
+        *named,
+        *(recipe.lora.modules_to_save or []),
+        *(name.rpartition(".")[2] for name in base.trained_whole),
+    ]

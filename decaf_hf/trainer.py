@@ -381,6 +381,17 @@ class DecentralizedMixin:
             way = "share each batch" if self.decaf_hosting.batched else "take turns"
             print(f"agents of one process {way}: {self.decaf_hosting.reason}", flush=True)
 
+    def decaf_try_step(self) -> None:
+        """Forward and backward of the first batch, without a step: what would fail in training fails here."""
+        inputs = self._prepare_inputs(next(iter(self.get_train_dataloader())))
+        self.current_gradient_accumulation_steps = 1  # the Trainer sets it when it trains
+        try:
+            with torch.random.fork_rng():
+                self.training_step(self.model, inputs)
+        finally:
+            self.model.zero_grad(set_to_none=True)
+            self._decaf_losses, self._decaf_micro_step = [], 0
+
     # ---- judging
 
     def evaluate(

@@ -81,7 +81,7 @@ def make_trainer(path, model=None, processes=None, **changes) -> DecentralizedTr
     return DecentralizedTrainer(
         model=(model or task.model).double(),
         args=args,
-        peft_config=lora_config(recipe, task.model),
+        peft_config=lora_config(recipe, task),
         train_dataset=[None if part is None else task.encode(part) for part in sites.train],
         data_collator=doubled(task.collate),
         processing_class=task.processor,
