@@ -220,7 +220,7 @@ def test_a_dual_encoders_adapter_classifies_where_nothing_of_ours_runs(tmp_path)
     assert command("train", path, "training.learning_rate=0.1")[0] == 0
     recipe = read_recipe(path)
     sites = load_sites(recipe, Processes())
-    trainer = build_trainer(recipe, sites, Processes())
+    trainer, _ = build_trainer(recipe, sites, Processes())
     base = AutoModel.from_pretrained(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
     card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
