@@ -21,11 +21,9 @@ MOST_LABELS = 20  # named in the lines of a card; of more only their number
 
 def head_options(labels: Sequence[str], *, num_labels: int | None, pad_token_id: int | None) -> dict[str, Any]:
     """What `from_pretrained` must be told of a classifier: its classes, and the token that fills a batch up."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"num_labels": num_labels}  # some configurations (PVT) have a number of their own
     if 0 < len(labels) <= MOST_LABELS:
-        options["id2label"] = dict(enumerate(labels))  # how many there are, and what a pipeline calls them
-    else:
-        options["num_labels"] = num_labels
+        options["id2label"] = dict(enumerate(labels))  # what a pipeline calls them
     if pad_token_id is not None:
         options["pad_token_id"] = pad_token_id
     return options

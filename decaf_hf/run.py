@@ -34,7 +34,7 @@ from .push import PushCallback
 from .recipe import HubSection, Recipe, read_recipe, resolved_yaml
 from .report import write_report
 from .rounds import read_metrics
-from .selfcheck import rehearse, verify
+from .selfcheck import one_line, rehearse, verify
 from .sites import Sites, load_sites
 from .tasks import Task, check_tokens, load_task, lora_config, model_location
 from .trainer import DecentralizedTrainer
@@ -312,7 +312,8 @@ def build_trainer(recipe: Recipe, sites: Sites, processes: Processes) -> tuple[D
 
 def _try_out(trainer: DecentralizedTrainer) -> None:
     """What would otherwise fail in the first step, when the run folder is already there."""
-    trainer.decaf_choose_hosting()
+    with one_line(f"{type(trainer.model.get_base_model()).__name__} cannot read the first batch"):
+        trainer.decaf_choose_hosting()
     with _of_training():
         trainer.create_optimizer_and_scheduler(trainer.args.max_steps)
 

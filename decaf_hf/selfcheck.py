@@ -45,9 +45,9 @@ def rehearse(trainer: DecentralizedTrainer, task: Task, recipe: Recipe, labels: 
     """
     with torch.random.fork_rng():  # loaders and loading draw from it
         rows = _longest(trainer)
-        with _one_line(f"{type(task.model).__name__} cannot be trained on the first batch"):
+        with one_line(f"{type(task.model).__name__} cannot be trained on the first batch"):
             trainer.decaf_try_step()
-        with _one_line(f"{type(task.model).__name__} cannot be judged"):
+        with one_line(f"{type(task.model).__name__} cannot be judged"):
             trainer._decaf_metrics(CONSENSUS, rows, None)
         if recipe.evaluation.verify_saved and trainer.decaf_processes.is_main:
             _try_saving(trainer, task, recipe, labels, rows)
@@ -59,7 +59,7 @@ def _try_saving(
     """Save the consensus, moved at random, and load it. Raises `DecafError` naming the layer that differs."""
     with tempfile.TemporaryDirectory(prefix="decaf-") as folder, _moved(trainable(trainer.model, CONSENSUS)) as own:
         place = Path(folder) / CONSENSUS
-        with _one_line("an adapter cannot be saved"):
+        with one_line("an adapter cannot be saved"):
             save_adapter(place, own, trainer.model.peft_config[CONSENSUS])
         problem = _difference(trainer, CONSENSUS, place, task, recipe, labels, rows)
     if problem is not None:
@@ -227,8 +227,8 @@ def _longest(trainer: DecentralizedTrainer) -> Dataset:
 
 
 @contextlib.contextmanager
-def _one_line(what: str) -> Iterator[None]:
-    """Whatever a library raises in the trial is one line."""
+def one_line(what: str) -> Iterator[None]:
+    """Let whatever a library raises in the trial be one line that begins with `what`."""
     try:
         yield
     except DecafError:

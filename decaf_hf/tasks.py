@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,9 +143,13 @@ def check_tokens(task: Task, parts: Sequence[Dataset]) -> None:
     `DecafError`.
     """
     tokens = [pc.list_flatten(part.with_format("arrow")["input_ids"][:]) for part in parts if len(part)]
-    tokenizer, total = task.processor, sum(map(len, tokens))
+    tokenizer = task.processor
+    special = pa.array(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}, pa.int64())
+    words = [ids.filter(pc.invert(pc.is_in(ids.cast(pa.int64()), special))) for ids in tokens]
+    total = sum(map(len, words))
+    whose = f"the tokenizer of {tokenizer.name_or_path!r} ({len(tokenizer)} tokens in its vocabulary)"
     if not total:
-        return
+        raise DecafError(f"model.name_or_path: {whose} finds no token in the training texts; is it for these texts?")
     rows = task.model.get_input_embeddings().weight.shape[0]
     largest = max(pc.max(ids).as_py() for ids in tokens)
     if largest >= rows:
@@ -152,17 +157,13 @@ def check_tokens(task: Task, parts: Sequence[Dataset]) -> None:
             f"model.name_or_path: the tokenizer numbers its tokens up to {largest} ({tokenizer.decode([largest])!r}), "
             f"but the model has embeddings for {rows}; give a model with its own tokenizer"
         )
-    if tokenizer.unk_token_id is None:
-        return
-    special = pa.array(set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}, pa.int64())
-    unknown = sum(pc.sum(pc.equal(ids, tokenizer.unk_token_id)).as_py() for ids in tokens)
-    words = sum(pc.sum(pc.invert(pc.is_in(pc.cast(ids, pa.int64()), special))).as_py() for ids in tokens)
-    share = unknown / max(words, 1)
-    if share > MOST_UNKNOWN:
+    unknown = 0
+    if tokenizer.unk_token_id is not None:
+        unknown = sum(pc.sum(pc.equal(ids, tokenizer.unk_token_id), min_count=0).as_py() for ids in words)
+    if unknown > MOST_UNKNOWN * total:
         raise DecafError(
-            f"model.name_or_path: {share:.0%} of the tokens of the training texts are unknown to the tokenizer "
-            f"({tokenizer.unk_token}, {len(tokenizer)} tokens in its vocabulary); does the folder hold the files of "
-            "its tokenizer, and is it for these texts?"
+            f"model.name_or_path: to {whose} {unknown / total:.0%} of the tokens of the training texts are unknown; "
+            "does the folder hold the files of its tokenizer, and is it for these texts?"
         )
 
 
@@ -277,6 +278,12 @@ def _load_part(auto_class: Any, recipe: Recipe, **options: Any) -> Any:
     try:
         return auto_class.from_pretrained(model_location(recipe), **options)
     except (OSError, ValueError, ImportError) as error:
+        unfit = re.search(r"configuration class <class '[\w.]*?(\w+)'>", str(error))
+        if unfit is not None:
+            raise DecafError(
+                f"model.task {section.task} cannot take {section.name_or_path!r}: transformers has no "
+                f"{auto_class.__name__} for a {unfit[1]}; name a model of that task"
+            ) from error
         cause = " ".join(str(error).split())[:300]
         raise DecafError(f"model.name_or_path: cannot load {section.name_or_path!r}: {cause}") from error
 
@@ -394,7 +401,14 @@ def _check_causal(model: PreTrainedModel) -> None:
     ids = (torch.arange(8, device=model.device) * 7 + 5) % rows
     other = ids.clone()
     other[-1] = (ids[-1] + 1) % rows
-    first, second = model(input_ids=torch.stack([ids, other])).logits[:, :-1].float()
+    try:
+        first, second = model(input_ids=torch.stack([ids, other])).logits[:, :-1].float()
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        cause = " ".join(str(error).split())[:300]
+        raise DecafError(
+            f"model.name_or_path: {type(model).__name__} cannot read a text of {len(ids)} tokens: "
+            f"{type(error).__name__}: {cause}"
+        ) from error
     if (first - second).abs().max() > 1e-3 * (first - first.mean(-1, keepdim=True)).abs().max():
         raise DecafError(
             f"model.name_or_path: {type(model).__name__} is no decoder: it sees the tokens that it is asked for; name "

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors import safe_open
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -240,7 +241,23 @@ def test_fault_a10_a_folder_without_its_tokenizer_is_refused(tmp_path):
     tiny.bert(torch.float32).save_pretrained(tmp_path / "model")
     write_texts(tmp_path / "texts")
     err = refusal(write_recipe(tmp_path))
-    assert "100% of the tokens of the training texts are unknown to the tokenizer" in err
+    assert "(5 tokens in its vocabulary) 100% of the tokens of the training texts are unknown" in err
+
+
+def test_a_tokenizer_that_finds_no_token_is_refused(tmp_path):
+    write_base(tmp_path, tiny.bert().bert)
+    task = tasks.load_task(read_recipe(write_recipe(tmp_path)), ["art", "bio"])
+    only_special = Dataset.from_dict({"input_ids": [[task.processor.pad_token_id] * 2] * 3})
+    with pytest.raises(DecafError, match="finds no token in the training texts; is it for these texts"):
+        tasks.check_tokens(task, [only_special])
+
+
+def test_a_model_of_another_task_is_refused_in_few_words(tmp_path):
+    write_base(tmp_path, tiny.bert().bert)
+    tiny.vit(torch.float32).save_pretrained(tmp_path / "vit")
+    tokenizer().save_pretrained(tmp_path / "vit")
+    err = refusal(write_recipe(tmp_path), f"model.name_or_path={tmp_path / 'vit'}")
+    assert "transformers has no AutoModelForSequenceClassification for a ViTConfig; name a model of that task" in err
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(tmp_path):
