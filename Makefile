@@ -10,7 +10,7 @@ endif
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c $(VENV)/constraints.txt
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: help quickstart install install-quickstart style quality test test-slow recipes clean
+.PHONY: help quickstart install install-quickstart style quality test test-slow recipes models clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -50,6 +50,9 @@ test-slow: install  ## the others
 
 recipes: install  ## two steps of every recipe on a tiny model
 	$(BIN)/python -m pytest -q tests/test_house.py -k recipe
+
+models: install  ## docs/models.md, the table of model families, written anew
+	$(BIN)/python -m tests.matrix --write docs/models.md
 
 clean:  ## remove what the targets made, but not runs/
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

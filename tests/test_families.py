@@ -1,0 +1,45 @@
+"""Each model family as a base: what its card loads, in another process and under other seeds, is what was judged."""
+
+import pytest
+import torch
+
+from . import families, load_alone, matrix
+
+GROUPS = families.cases()
+SHORT = [  # a pooler that is missing, heads of other names, tied output embeddings, convolutions, prompts
+    ("encoders", "bert | masked LM | text-classification | all-linear"),
+    ("encoders", "xlnet | bare | text-classification | layer_1"),
+    ("encoder-decoders", "bart | bare | text-classification | q_proj, v_proj"),
+    ("language models", "llama, tied | LM | causal-lm | q_proj, v_proj"),
+    ("images", "swin | bare | image-classification | q_proj, v_proj"),
+    ("images and texts", "clip | bare | image-text | q_proj, v_proj"),
+]
+
+
+def wrong(outcomes: list[matrix.Outcome]) -> dict[str, str]:
+    return {outcome.case.name: outcome.wrong for outcome in outcomes if outcome.wrong}
+
+
+def test_a_few_families_load_as_judged(tmp_path):
+    chosen = [case for group, name in SHORT for case in GROUPS[group] if case.name == name]
+    assert len(chosen) == len(SHORT)
+    assert wrong(matrix.outcomes(chosen, tmp_path / "cases")) == {}
+
+
+def test_a_wrong_adapter_is_seen(tmp_path):
+    """The comparison itself: logits that another adapter gave are told from those judged."""
+    case = next(case for case in GROUPS["encoders"] if case.family == "bert")
+    matrix.trained(tmp_path / "case", case)
+    probe = torch.load(tmp_path / "case" / "probe.pt", weights_only=True)
+    logits = probe["logits"]
+    logits["consensus"], logits["agents/0"] = logits["agents/0"], logits["consensus"]
+    torch.save(probe, tmp_path / "case" / "probe.pt")
+    found = load_alone.checked(tmp_path / "case")
+    assert all("logits off by" in text for text in found.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_family_loads_as_judged(group, tmp_path):
+    outcomes = matrix.outcomes(GROUPS[group], tmp_path / "cases")
+    assert wrong(outcomes) == {}
