@@ -12,6 +12,7 @@ import itertools
 import json
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
+from peft.utils import ModulesToSaveWrapper
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -74,9 +76,7 @@ def add_agents(
         with _quiet():
             peft_model = get_peft_model(model, copy.deepcopy(config), adapter_name=CONSENSUS)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, re.error) as error:
-        raise DecafError(
-            f"the LoRA configuration does not fit the model: {explained(error, model, config)}"
-        ) from error
+        raise DecafError(explained(error, model, config)) from error
     check_fit(peft_model, CONSENSUS, config)
     config = peft_model.peft_config[CONSENSUS]  # get_peft_model has put the base model's name into it
     for agent in agents:
@@ -236,6 +236,22 @@ def frozen(model: PeftModel) -> dict[str, Tensor]:
         if not any(part in ("original_module", "modules_to_save") or part.startswith("lora_") for part in parts):
             found.setdefault(id(tensor), (name.removeprefix("base_model.model.").replace(".base_layer", ""), tensor))
     return dict(found.values())
+
+
+def tied_layers(model: PeftModel) -> list[str]:
+    """Layers that are trained and whose base weight another layer uses too: merged, they would change that as well."""
+    users = Counter(id(tensor) for module in model.modules() for tensor in module.parameters(recurse=False))
+    found = []
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            weights = module.get_base_layer().parameters(recurse=False)
+        elif isinstance(module, ModulesToSaveWrapper):
+            weights = module.original_module.parameters()
+        else:
+            continue
+        if any(users[id(weight)] > 1 for weight in weights):
+            found.append(name.removeprefix("base_model.model."))
+    return found
 
 
 @contextlib.contextmanager

@@ -141,6 +141,7 @@ class Hosting:
         self.base_dropout = base_dropout
         self.batched: bool | None = None  # None until the first batch decides
         self.reason = ""
+        self.unused: list[str] = []  # layers with an adapter that the first batch did not pass through
         self._routed = False
         # A model may need to be told how many agents share a batch (images.answer_by_prompts).
         told = "agents" in inspect.signature(model.get_base_model().forward).parameters
@@ -165,8 +166,9 @@ class Hosting:
         Raises `DecafError` if a shared batch was asked for and is impossible, and if the base model draws random
         numbers of its own where it should not.
         """
-        if not self.base_dropout:
-            self._check_calm(model, inputs)
+        with self._watched(model):
+            if not self.base_dropout:
+                self._check_calm(model, inputs)
         if len(self.agents) == 1:
             self.batched, self.reason = False, "one agent"
             return
@@ -256,6 +258,24 @@ class Hosting:
                 _without_dropout(module)  # it recomputes its activations in training mode only
             else:
                 module.training = False
+
+    @contextlib.contextmanager
+    def _watched(self, model: nn.Module) -> Iterator[None]:
+        """Note which layers with an adapter a forward pass, if there is one, never calls: a model may read a weight
+        without its layer (a shared embedding, the output of torch's own attention), and no adapter acts there."""
+        names = {module: layer for layer, module in model.named_modules() if module in set(self._tuned)}
+        called: set[nn.Module] = set()
+        watching = [model, *names]
+        hooks = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in watching]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if model in called:
+            self.unused = [
+                name.removeprefix("base_model.model.") for module, name in names.items() if module not in called
+            ]
 
     @torch.no_grad()
     def _check_calm(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:

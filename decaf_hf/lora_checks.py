@@ -43,7 +43,7 @@ def check_lora_config(config: PeftConfig) -> None:
         )
     if not 0 <= config.lora_dropout < 1:
         raise DecafError(f"lora.lora_dropout is {config.lora_dropout}; it lies from 0 to below 1")
-    for field in ("trainable_token_indices", "layer_replication", "megatron_config"):
+    for field in ("trainable_token_indices", "layer_replication", "megatron_config", "arrow_config"):
         if getattr(config, field, None):
             raise DecafError(f"lora.{field} cannot be mixed between agents; leave it out")
     if config.ensure_weight_tying:
@@ -155,10 +155,14 @@ def _check_modules_to_save(model: PeftModel, config: LoraConfig) -> None:
             raise DecafError(
                 f"lora.modules_to_save names {wanted!r}, which the model lacks{did_you_mean(wanted, leaves)}"
             )
-    for name, module in names.items():
-        if not isinstance(module, ModulesToSaveWrapper) or name.endswith(by_task):
-            continue
-        if not any(_names(wanted, name) for wanted in config.modules_to_save or ()):
+    whole = [name for name, module in names.items() if isinstance(module, ModulesToSaveWrapper)]
+    for name in whole:
+        outer = next((other for other in whole if name.startswith(f"{other}.")), None)
+        if outer is not None:
+            raise DecafError(
+                f"lora.modules_to_save names {outer!r} and, inside it, {_leaf(name)!r}; name the outer one only"
+            )
+        if not name.endswith(by_task) and not any(_names(wanted, name) for wanted in config.modules_to_save or ()):
             wanted = next(wanted for wanted in config.modules_to_save or () if name.endswith(wanted))
             raise DecafError(
                 f"lora.modules_to_save names {wanted!r}, and PEFT would also train {name!r}, which ends alike; give "
@@ -200,6 +204,8 @@ def _no_match(model: nn.Module, config: LoraConfig) -> str:
     numbers = _numbers(config.layers_to_transform)
     if numbers and _layers_there(model, config):
         return f"lora.layers_to_transform: {_no_layer(numbers[0], model, config)}"
+    if any(_leaf(name) in wanted for name, _ in model.named_modules()):
+        return f"all that target_modules {wanted} match is left out by modules_to_save or exclude_modules"
     hints = "".join(did_you_mean(target, leaves) for target in wanted[:1])
     return f"target_modules {wanted} match nothing; linear layers there: {', '.join(leaves)}{hints}"
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .adapters import tied_layers
 from .files import write_text
 from .new_layers import padding_token
 from .rounds import read_metrics
@@ -73,6 +74,7 @@ def summarize(trainer: "DecentralizedMixin") -> dict[str, Any]:
         "rounds": trainer.state.global_step // args.local_steps,
         "local_steps": args.local_steps,
         "lora_ranks": args.lora_ranks,  # None: all have the rank of their adapter_config.json
+        "tied": tied_layers(trainer.model),  # what must not be merged
         "gossip_steps": trainer.decaf_network.gossip_steps,
         "link_failure": args.link_failure,
         "agent_absence": args.agent_absence,

@@ -361,7 +361,9 @@ class DecentralizedMixin:
         place = {parameter: index for index, parameter in enumerate(self.model.parameters())}
         norms = [
             # in the order in which a stock Trainer adds them up, so that not a bit differs on any processor
-            nn.utils.clip_grad_norm_(sorted(own.values(), key=place.__getitem__), self.args.max_grad_norm)
+            nn.utils.clip_grad_norm_(
+                sorted(place.keys() & own.values(), key=place.__getitem__), self.args.max_grad_norm
+            )
             for own in self.decaf_network.parameters.values()
         ]
         return torch.stack(norms).mean()
@@ -377,6 +379,11 @@ class DecentralizedMixin:
         if "logits_to_keep" in inputs:  # they are those of the last columns, so these are no padding
             side = "left"
         self.decaf_hosting.decide(self.model, inputs, self._decaf_loss_obstacle(), side)
+        if self.decaf_hosting.unused and self.decaf_processes.is_main:
+            unused = ", ".join(self.decaf_hosting.unused[:5]) + ", ..." * (len(self.decaf_hosting.unused) > 5)
+            print(
+                f"the model's forward never calls {unused}: adapters there learn nothing", file=sys.stderr, flush=True
+            )
         if len(self.decaf_agents) > 1 and self.decaf_processes.is_main:
             way = "share each batch" if self.decaf_hosting.batched else "take turns"
             print(f"agents of one process {way}: {self.decaf_hosting.reason}", flush=True)

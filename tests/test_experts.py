@@ -6,7 +6,14 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import MixtralConfig, MixtralForSequenceClassification, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForSequenceClassification,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from decaf_hf.adapters import (
     CONSENSUS,
@@ -156,6 +163,29 @@ def test_fault_a4_factors_are_averaged_as_they_are(name):
         stays = name == "dlora-fa" and key.endswith("lora_A.weight")
         expected = tensors[0][key] if stays else 0.5 * tensors[0][key] + 0.3 * tensors[1][key] + 0.2 * tensors[2][key]
         torch.testing.assert_close(got, expected.detach(), rtol=0, atol=1e-12)
+
+
+def test_fault_a4_experts_that_are_stored_transposed_are_mixed_alike():
+    """GPT-OSS keeps `(experts, d_in, d_out)`, and biases of experts as `(experts, d_out)`, one product."""
+    torch.manual_seed(0)
+    config = GptOssConfig(
+        **tiny.ENCODER, vocab_size=tiny.VOCABULARY, num_key_value_heads=2, head_dim=8, num_local_experts=EXPERTS
+    )
+    names = ["experts.gate_up_proj", "experts.down_proj", "experts.gate_up_proj_bias"]
+    lora = tiny.lora(target_modules=["q_proj"], target_parameters=names, task_type=None)
+    model = add_agents(GptOssForCausalLM(config).double(), lora, range(2), freeze_a=False)
+    with torch.no_grad():
+        for agent in range(2):
+            for tensor in trainable(model, agent_name(agent)).values():
+                tensor.normal_()
+    mean = {k: (u + v) / 2 for (k, u), v in zip(dense(model, "agent0").items(), dense(model, "agent1").values(), strict=False)}
+    adapters = [view(model, "agent0"), view(model, "agent1")]
+    mixed = ALGORITHMS["decaf"].mix(adapters[0], adapters, [0.5, 0.5], split="sqrt", align=True).adapter
+    put(model, "agent0", mixed)
+    for layer, update in dense(model, "agent0").items():
+        U, S, Vh = torch.linalg.svd(mean[layer], full_matrices=False)
+        torch.testing.assert_close(update, (U[..., :2] * S[..., None, :2]) @ Vh[..., :2, :], rtol=0, atol=1e-10)
+    assert sorted(experts(model, "agent0").values()) == [EXPERTS] * 4
 
 
 def test_measures_are_the_dense_ones():
