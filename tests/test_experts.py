@@ -178,7 +178,8 @@ def test_fault_a4_experts_that_are_stored_transposed_are_mixed_alike():
         for agent in range(2):
             for tensor in trainable(model, agent_name(agent)).values():
                 tensor.normal_()
-    mean = {k: (u + v) / 2 for (k, u), v in zip(dense(model, "agent0").items(), dense(model, "agent1").values(), strict=False)}
+    updates = [dense(model, agent_name(agent)) for agent in range(2)]
+    mean = {layer: (updates[0][layer] + updates[1][layer]) / 2 for layer in updates[0]}
     adapters = [view(model, "agent0"), view(model, "agent1")]
     mixed = ALGORITHMS["decaf"].mix(adapters[0], adapters, [0.5, 0.5], split="sqrt", align=True).adapter
     put(model, "agent0", mixed)
