@@ -54,9 +54,10 @@ def _train(options: argparse.Namespace, arguments: list[str]) -> int:
     from . import exchange
     from .exchange import Processes
     from .launch import describe_placement, end_with_launcher, launch_id, missing_processes, start_processes
-    from .recipe import read_recipe
+    from .recipe import check_paths, read_recipe
 
     recipe = read_recipe(options.recipe, options.overrides)
+    check_paths(recipe, options.recipe)
     if options.max_restarts < 0 or (options.max_restarts and options.processes is None):
         raise DecafError(f"--max-restarts {options.max_restarts}: give a number from 0 on, together with --processes")
     if options.processes is not None and (options.processes != 1 or options.max_restarts):

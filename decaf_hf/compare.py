@@ -29,7 +29,7 @@ from .errors import DecafError, require_one_of
 from .files import read_mapping, write_text
 from .jobs import Failure, Pool, jobs_in_memory, make_run, make_trial, most_jobs
 from .metrics import best
-from .recipe import Recipe, read_recipe, resolved_yaml
+from .recipe import Recipe, check_paths, read_recipe, resolved_yaml
 from .run import check_writable, held_alone
 
 FAILURE = "failure.json"  # in the folder of a run that failed: its recipe and why
@@ -205,6 +205,7 @@ def compare(
     if exchange.join().count > 1:
         raise DecafError("decaf compare runs in one process; start it without a launcher")
     recipe = read_recipe(path, overrides)
+    check_paths(recipe, path)
     metric = recipe.evaluation.metrics[0]
     arms = _plan(path, overrides, recipe, algorithms, seeds, grid, tuning_seed, judge, output)
     check_writable(output, option="--output")

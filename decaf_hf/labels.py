@@ -128,19 +128,26 @@ def strings(dataset: Dataset, column: str, key: str) -> list[str]:
     require_columns(dataset.column_names, {column: key})
     feature = dataset.features[column]
     values = dataset[column][:]
-    for row, value in enumerate(values):
-        if value is None or value != value:  # NaN
-            raise DecafError(f"{place(dataset, row)} has no {_thing(key)} in column {column!r}; complete or remove it")
-    if isinstance(feature, ClassLabel):
-        known = range(len(feature.names))
-        return [feature.names[value] if value in known else str(value) for value in values]
-    if not isinstance(feature, Value) or "binary" in feature.dtype:
+    if not isinstance(feature, ClassLabel | Value) or getattr(feature, "dtype", "") in ("binary", "large_binary"):
         raise DecafError(
             f"column {column!r} holds {in_words(feature)}, not one {_thing(key)} per row; name another as {key}"
         )
-    if feature.dtype.startswith("float"):
-        return [str(int(value)) if float(value).is_integer() else str(value) for value in values]
-    return [str(value) for value in values]
+    names = [_name(value, feature) for value in values]
+    blank = {name for name in set(names) if name is None or not alike(name, numbers=False)}
+    if blank:
+        row = next(row for row, name in enumerate(names) if name in blank)
+        raise DecafError(
+            f"{place(dataset, row)} ({COUNTED}) has no {_thing(key)} in column {column!r}; complete or remove it"
+        )
+    return names
+
+
+def _name(value: object, feature: ClassLabel | Value) -> str | None:
+    if value is None or value != value:  # NaN differs from itself
+        return None
+    if isinstance(feature, ClassLabel) and value in range(len(feature.names)):
+        return feature.names[value]
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def encode_labels(dataset: Dataset, label: str, names: Sequence[str]) -> Dataset:

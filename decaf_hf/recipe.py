@@ -795,12 +795,15 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         more = f" (and {len(others)} more)" if others else ""
         key, message, keys = first
         raise DecafError(f"{origin(*keys)}: {key}: {message}{more}") from None
-    _check_paths(recipe, Path(path).absolute().parent)
     return recipe
 
 
-def _check_paths(recipe: Recipe, beside: Path) -> None:
-    """Every path is seen from where the command runs; where one is meant that lies beside the recipe, say so."""
+def check_paths(recipe: Recipe, path: str | Path) -> None:
+    """Every path is seen from where the command runs; where one is meant that lies beside the recipe, say so.
+
+    `path` is where the recipe was read from. Raises `DecafError`.
+    """
+    beside = Path(path).absolute().parent
     named = {
         "model.name_or_path": recipe.model.name_or_path,
         "data.source": recipe.data.source.replace("{agent}", "0"),

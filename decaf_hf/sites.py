@@ -168,7 +168,7 @@ def _divided(recipe: Recipe, processes: Processes, whole: Dataset, labels: list[
     section = recipe.data.partition
     owners = by = None
     if section.by == recipe.data.label and recipe.labeled:
-        by, owners = np.asarray(whole["labels"]), labels
+        by, owners = np.asarray(whole["labels"][:]), labels
     elif section.by is not None:
         own = strings(whole, section.by, "data.partition.by")
         owners = ordered(own)
@@ -188,8 +188,9 @@ def _divided(recipe: Recipe, processes: Processes, whole: Dataset, labels: list[
     except DecafError as error:
         raise DecafError(f"{error} ({twins})" if twins else str(error)) from error
     _warn(processes, twins)
-    if section.kind == "column" and recipe.labeled and recipe.data.labels is None:
-        _compare_owners(processes, [np.asarray(whole["labels"])[rows] for rows in indices], owners, labels)
+    of_labels = section.by == recipe.data.label  # each agent has one then
+    if section.kind == "column" and recipe.labeled and recipe.data.labels is None and not of_labels:
+        _compare_owners(processes, [np.asarray(whole["labels"][:])[rows] for rows in indices], owners, labels)
     return indices
 
 
@@ -239,7 +240,7 @@ def _few_shot(recipe: Recipe, whole: Dataset, labels: list[str]) -> Dataset:
     """Keep at most `data.shots` samples per label and agent, drawn with the recipe's seed."""
     rng = np.random.default_rng(stream_seed(recipe.seed, "shots"))
     order = rng.permutation(len(whole))
-    own = np.asarray(whole["labels"])[order]
+    own = np.asarray(whole["labels"][:])[order]
     count = recipe.data.shots * recipe.network.agents
     kept = [order[own == number][:count] for number in range(len(labels))]
     return whole.select(np.sort(np.concatenate(kept)))
@@ -268,7 +269,7 @@ def _hold_out(recipe: Recipe, parts: list[Dataset | None], test: object, labels:
 
 def _with_table(sites: Sites, processes: Processes, hosted: Sequence[int]) -> Sites:
     if sites.labels:
-        table = label_table([np.asarray(sites.train[agent]["labels"]) for agent in hosted], len(sites.labels))
+        table = label_table([np.asarray(sites.train[agent]["labels"][:]) for agent in hosted], len(sites.labels))
     else:
         table = np.array([[len(sites.train[agent])] for agent in hosted])
     own = {f"agent {agent}": fingerprint(sites.train[agent]) for agent in hosted}

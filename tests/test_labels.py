@@ -282,6 +282,17 @@ def test_a_blank_owner_is_refused_with_its_row(tmp_path):
             by_owner(tmp_path, ["x", "y", blank, "y"] * 4)
 
 
+@pytest.mark.parametrize("blank", ["", " ", "\N{ZERO WIDTH SPACE}", "\N{NO-BREAK SPACE}"])
+def test_a_label_of_nothing_but_blanks_is_none(tmp_path, blank):
+    source = write_one(tmp_path, ["a", blank, "b"] * 4)
+    refused(tmp_path, r"(no label in row 1 of|row 1 of .*has no label)", source=source)
+
+
+def test_agents_by_label_share_none_by_design(tmp_path, capsys):
+    sites_of(tmp_path, source=write_one(tmp_path, ["a", "b"] * 6), partition={"kind": "column", "by": "label"})
+    assert capsys.readouterr().err == ""
+
+
 def test_owners_that_differ_only_in_case_are_told(tmp_path, capsys):
     told = "owners 'East' and 'east' of data.partition.by differ only in case, blanks or Unicode form"
     by_owner(tmp_path, ["East", "East", "east", "east"] * 4)
