@@ -31,7 +31,8 @@ from .files import named, publish_folder, write_bytes
 STATE_NAME = "trainer_state.json"  # where Trainer.train looks for the step to resume at
 CHECKSUMS = "checksums.json"
 METRICS = "metrics.jsonl"
-TRAINING = "training.json"  # scheduler, counters, who hosts whom
+TRAINING = "training.json"  # scheduler, counters, who hosts whom, settings and environment
+EARLIER = "earlier-"  # before the name of a checkpoint of a training that another follows
 
 
 class Gone(TypedDict):
@@ -113,6 +114,31 @@ def damage(folder: Path) -> str | None:
     return None
 
 
+def recorded(folder: Path) -> dict[str, dict[str, str]]:
+    """The settings and the environment that a checkpoint was written with; empty in one of an earlier version."""
+    training = _training(folder)
+    return {name: training.get(name, {}) for name in ("settings", "environment")}
+
+
+def put_aside(output_dir: str | Path) -> None:
+    """Rename the checkpoints of a training that another follows in the same folder; a resume does not see them."""
+    for path in checkpoints(output_dir):
+        aside = path.with_name(f"{EARLIER}{path.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+
+
+def earlier(output_dir: str | Path) -> list[Path]:
+    """What `put_aside` has renamed."""
+    return [path for path in _entries(Path(output_dir) / "checkpoints") if path.name.startswith(EARLIER)]
+
+
+def remove_earlier(output_dir: str | Path) -> None:
+    """Remove what was put aside; the training that followed has a checkpoint of its own."""
+    for path in earlier(output_dir):
+        shutil.rmtree(path)
+
+
 def set_aside(path: Path) -> Path:
     """Rename a checkpoint that cannot be trusted, so that it is not counted among the newest that are kept."""
     aside = path.with_name(f"damaged-{path.name}")
@@ -135,12 +161,14 @@ def save(
     base_model_digest: str,
     placement: Placement,
     gone: Mapping[int, bytes],
+    recorded: Mapping[str, Mapping[str, str]],
 ) -> int:
     """Write a checkpoint, visible only when complete: each process its agents, process 0 the rest. Returns the bytes.
 
     `losses` are each agent's since the last round (empty at a round), `progress` numbers to go on counting from,
     `metrics` the file of the rounds so far, `base_model_digest` tells the frozen weights, `placement` who hosts whom;
-    `gone` are the files of agents that are hosted nowhere, as they were when they left.
+    `gone` are the files of agents that are hosted nowhere, as they were when they left; `recorded` are the settings
+    and the environment by name, which a resumed run compares.
     """
     new = folder.with_name(f".{folder.name}.new")
     if processes.is_main:
@@ -163,7 +191,7 @@ def save(
     if processes.is_main:
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         training = {"param_groups": groups, "scheduler": scheduler.state_dict(), "progress": dict(progress)}
-        training |= {"base_model_digest": base_model_digest, "placement": placement}
+        training |= {"base_model_digest": base_model_digest, "placement": placement, **recorded}
         files = {name: entry for part in everyone for name, entry in part.items()}
         for agent, content in gone.items():
             files |= _write(new / agent_file(agent), content)

@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from scipy.stats import t as student
 
-from .metrics import LOWER_IS_BETTER, worst_agent
+from .metrics import lower_is_better, worst_agent
 
 CONFIDENCE = 0.95
 JUDGED = ("agents_mean", "agents_min", "agents_max", "consensus")
@@ -128,7 +128,7 @@ def setting_labels(arms: Sequence[dict[str, Any]]) -> tuple[str, list[str]]:
 
 def direction(metric: str) -> str:
     """Which way a metric is good."""
-    return f"{'lower' if metric in LOWER_IS_BETTER else 'higher'} is better"
+    return f"{'lower' if lower_is_better(metric) else 'higher'} is better"
 
 
 # ---- tables

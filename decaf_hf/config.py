@@ -7,6 +7,7 @@ from transformers import TrainingArguments
 
 from . import exchange
 from .algorithms import ALGORITHMS, refused_ranks
+from .environment import refuse_launcher
 from .errors import DecafError, require_one_of
 from .hosting import MODES
 from .lowrank import SPLITS
@@ -133,6 +134,7 @@ class DecentralizedConfig(TrainingArguments):
         least, most = TIMEOUT_BOUNDS
         if not least <= self.timeout_seconds <= most:
             raise DecafError(f"timeout_seconds is {self.timeout_seconds:g}; give {least:g} to {most:g}")
+        refuse_launcher(self)
         self.processes = exchange.join(timeout_seconds=self.timeout_seconds)
         if self.num_agents < 1:
             raise DecafError(f"num_agents must be at least 1, got {self.num_agents}")
@@ -183,6 +185,10 @@ class DecentralizedConfig(TrainingArguments):
             if getattr(self, name, None):
                 raise DecafError(f"{name} is not supported: {why}")
         super().__post_init__()
+        if "num_steps" in (self.accelerator_config.gradient_accumulation_kwargs or {}):
+            raise DecafError(
+                "accelerator_config has num_steps, which would count twice; set gradient_accumulation_steps"
+            )
 
     def _check_ranks(self) -> None:
         if self.lora_ranks is None:
@@ -231,3 +237,12 @@ _REFUSED = {
     "batch_eval_metrics": "every adapter is judged on whole data sets",
     "save_only_model": "a checkpoint without the optimizer cannot resume exactly",
 }
+# What decides an adapter's numbers and cannot change in the middle of a run.
+DECIDING = (
+    "num_agents", "algorithm", "local_steps", "weights", "degree", "probability", "gossip_steps", "link_failure",
+    "agent_absence", "robust", "split", "align", "optimizer_state", "lora_ranks", "partition", "partition_by",
+    "dirichlet_alpha", "base_dropout", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate",
+    "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "lr_scheduler_type",
+    "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args", "optim_target_modules", "seed", "data_seed",
+    "label_smoothing_factor", "bf16", "tf32",
+)  # fmt: skip

@@ -30,7 +30,7 @@ from .errors import DecafError
 from .exchange import Processes
 from .files import write_text
 from .labels import encode_labels
-from .metrics import LOWER_IS_BETTER, resampled_scores, scores
+from .metrics import lower_is_better, resampled_scores, scores
 from .partition import MAX_AGENTS_SHOWN
 from .recipe import Recipe, read_recipe
 from .run import config_of
@@ -107,8 +107,8 @@ def evaluate_adapters(
         _with_interval(judge(agent_name(agent), parts[agent] if own else parts, np.random.default_rng(seed)))
         for agent in range(count)
     ]
-    better_low = [metric for metric in recipe.evaluation.metrics if metric in LOWER_IS_BETTER]
-    better_high = [metric for metric in recipe.evaluation.metrics if metric not in LOWER_IS_BETTER]
+    better_low = [metric for metric in recipe.evaluation.metrics if lower_is_better(metric)]
+    better_high = [metric for metric in recipe.evaluation.metrics if not lower_is_better(metric)]
     return {
         "on": "own" if own else "global",
         "data": f"{recipe.evaluation.split} split" if data is None else data,

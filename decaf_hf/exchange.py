@@ -254,6 +254,19 @@ def gather(
     return {agent: buffers[agent].to(device) for agent in sorted(buffers)}
 
 
+def spread(processes: Processes, own: Tensor | None, size: int) -> Tensor:
+    """Process 0's buffer of `size` bytes in every process."""
+    if processes.count == 1:
+        return own
+    if processes.is_main:
+        outgoing = _to_wire(own)
+        _wait(processes, [dist.P2POp(dist.isend, outgoing, other) for other in range(1, processes.count)])
+        return own
+    buffer = _empty_on_wire(size)
+    _wait(processes, [dist.P2POp(dist.irecv, buffer, 0)])
+    return buffer
+
+
 def pack(tensors: Sequence[Tensor]) -> Tensor:
     """One flat uint8 buffer of several tensors, whatever their dtypes."""
     return torch.cat([tensor.detach().contiguous().reshape(-1).view(torch.uint8) for tensor in tensors])

@@ -27,6 +27,7 @@ from .errors import DecafError
 from .seeds import stream_seed
 
 MODES = ("auto", "batched", "turns")
+BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids")  # inputs with a column per token
 
 
 @dataclass
@@ -36,10 +37,12 @@ class Clock:
     seed: int
     step: int = 0
     micro_step: int = 0  # which of the batches that gradient accumulation adds up
+    call: int = 0  # which pass over them: a loss may compare two that differ in their masks
     columns: dict[int, Tensor] = field(default_factory=dict)  # agent -> (sequence,) bool
 
     def seed_for(self, agent: int, purpose: str) -> int:
-        return stream_seed(self.seed, purpose, agent, self.step, self.micro_step)
+        again = (self.call,) if self.call else ()
+        return stream_seed(self.seed, purpose, agent, self.step, self.micro_step, *again)
 
 
 class AgentDropout(nn.Module):
@@ -159,16 +162,25 @@ class Hosting:
         model.register_forward_pre_hook(self._silence_base)
 
     def decide(
-        self, model: nn.Module, inputs: Mapping[str, Any], obstacle: str | None, padding_side: str = "right"
+        self,
+        model: nn.Module,
+        inputs: Mapping[str, Any],
+        obstacle: str | None,
+        padding_side: str = "right",
+        *,
+        own_call: bool = False,
     ) -> None:
         """Settle on the first batch whether the agents share it; `obstacle` says why the loss forbids it, if it does.
+        `own_call`: somebody's own loss calls the model, and may alone know how.
 
         Raises `DecafError` if a shared batch was asked for and is impossible, and if the base model draws random
         numbers of its own where it should not.
         """
         with self._watched(model):
             if not self.base_dropout:
-                self._check_calm(model, inputs)
+                self._check_calm(model, inputs, own_call)
+        if own_call:  # which may lead through other layers
+            self.unused = []
         if len(self.agents) == 1:
             self.batched, self.reason = False, "one agent"
             return
@@ -188,7 +200,7 @@ class Hosting:
     def together(self, inputs: Mapping[str, Any]) -> Iterator[None]:
         """All hosted agents in one agent-major batch."""
         self.clock.columns = {agent: self._columns(inputs, index) for index, agent in enumerate(self.agents)}
-        self._routed = True
+        self._routed, self.clock.call = True, -1
         try:
             yield
         finally:
@@ -201,7 +213,7 @@ class Hosting:
     @contextlib.contextmanager
     def alone(self, agent: int, inputs: Mapping[str, Any]) -> Iterator[None]:
         """One agent's training turn: its adapter, its dropout masks, its random stream."""
-        self.clock.columns = {}
+        self.clock.columns, self.clock.call = {}, -1
         if "attention_mask" in inputs:
             self.clock.columns[agent] = inputs["attention_mask"].bool().any(0)
         self.activate(agent_name(agent))
@@ -232,11 +244,8 @@ class Hosting:
         if kept is not None and columns is not None:
             kept = min(kept, int(columns.sum()))
         for name, value in inputs.items():
-            if isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == total:
-                trims = columns is not None and value.dim() == 2 and value.shape[1] == columns.numel()
-                value = value[index * share : (index + 1) * share]
-                value = value[:, columns] if trims else value
-            own[name] = value
+            part = _part(value, slice(index * share, (index + 1) * share), total)
+            own[name] = part[:, columns] if columns is not None and _only_pads(name, part, columns) else part
         if kept is not None:
             own["logits_to_keep"] = kept
             if "labels" in own:
@@ -251,6 +260,9 @@ class Hosting:
 
     def _silence_base(self, model: nn.Module, _) -> None:
         """A frozen base trains in evaluation mode: no dropout, no running statistics; LoRA dropout stays."""
+        # Recomputing activations draws a pass's masks again, when a later one may have begun: there all are alike.
+        if self.clock.call < 0 or not any(getattr(m, "gradient_checkpointing", False) for m in self._quiet):
+            self.clock.call += 1
         if not model.training or self.base_dropout:
             return
         for module in self._quiet:
@@ -278,17 +290,27 @@ class Hosting:
             ]
 
     @torch.no_grad()
-    def _check_calm(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    def _check_calm(self, model: nn.Module, inputs: Mapping[str, Any], own_call: bool) -> None:
         """Raise `DecafError` if two training passes over the same rows differ: some dropout was not silenced."""
         was_training = model.training
         model.train()
-        rows = {name: value for name, value in self.rows(inputs, 0).items() if name != "labels"}
+        rows = self.rows(inputs, 0)
+        if not getattr(model.config, "is_encoder_decoder", False):  # there the decoder's inputs follow from the labels
+            rows.pop("labels", None)
+        if own_call:  # its own columns (weights of rows, say) are not the model's
+            known = inspect.signature(model.get_base_model().forward).parameters
+            rows = {name: value for name, value in rows.items() if name in known}
         outputs = []
         try:
             for seed in (1, 2):
                 with self.alone(self.agents[0], rows), torch.random.fork_rng():
                     torch.manual_seed(seed)
-                    outputs.append(model(**rows)[0])
+                    answer = model(**rows)
+                    outputs.append(answer["logits"] if "logits" in answer else answer[0])
+        except (TypeError, ValueError, LookupError, AttributeError, RuntimeError):
+            if own_call:
+                return
+            raise
         finally:
             model.train(was_training)
         gap, size = (outputs[0] - outputs[1]).abs().max(), outputs[0].abs().max()
@@ -392,6 +414,27 @@ class Hosting:
             rows = self.rows(inputs, index)
             logits.append(_unpadded(model(**rows)["logits"], rows))
         return torch.cat(logits)
+
+
+def _part(value: Any, rows: slice, total: int) -> Any:
+    """These of `total` rows, also of inputs in dictionaries and lists; what is not by rows stays whole."""
+    if isinstance(value, Tensor):
+        return value[rows] if value.dim() > 0 and value.shape[0] == total else value
+    if isinstance(value, Mapping):
+        return {name: _part(inner, rows, total) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        if len(value) == total and not any(isinstance(inner, Tensor | Mapping) for inner in value):
+            return value[rows]
+        return type(value)(_part(inner, rows, total) for inner in value)
+    return value
+
+
+def _only_pads(name: str, value: Any, columns: Tensor) -> bool:
+    """Whether an input has a column per token and the others only pad; another's width may be the same by chance."""
+    if not isinstance(value, Tensor) or value.dim() != 2 or value.shape[1] != columns.numel():
+        return False
+    rest = value[:, ~columns]
+    return name in BY_TOKEN or rest.numel() == 0 or bool((rest == rest[0, 0]).all())
 
 
 def _unpadded(logits: Tensor, inputs: Mapping[str, Any]) -> Tensor:

@@ -95,18 +95,22 @@ class Perplexity(evaluate.Metric):
 
 
 METRICS = {"accuracy": Accuracy, "f1": F1, "perplexity": Perplexity}
-LOWER_IS_BETTER = {"loss", "perplexity"}
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a lower score is the better one; a metric may bear a data set's name in front."""
+    return metric.rpartition("_")[2] in ("loss", "perplexity")
 
 
 def best(metric: str, scores: Sequence[float]) -> int:
     """Index of the best score of a metric, the first of equal ones."""
-    choose = min if metric in LOWER_IS_BETTER else max
+    choose = min if lower_is_better(metric) else max
     return choose(range(len(scores)), key=scores.__getitem__)
 
 
 def worst_agent(metric: str) -> str:
     """The key of an evaluation under which the worst agent's score of a metric stands."""
-    return "agents_max" if metric in LOWER_IS_BETTER else "agents_min"
+    return "agents_max" if lower_is_better(metric) else "agents_min"
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ class Progress:
     def show(self, line: dict) -> None:
         """Show one line of metrics.jsonl."""
         if "eval" in line:
-            scores = {name: value for name, value in line["eval"]["consensus"].items() if name != "loss"}
+            scores = {name: value for name, value in line["eval"]["consensus"].items() if not name.endswith("loss")}
             name = next(iter(scores), None)
             if name is not None:
                 mean = line["eval"]["agents_mean"][name]

@@ -28,7 +28,7 @@ from .card import base_name
 from .errors import DecafError
 from .files import write_bytes, write_text
 from .graph_report import draw_mixing
-from .metrics import LOWER_IS_BETTER
+from .metrics import lower_is_better
 from .recipe import Recipe, read_recipe
 from .rounds import read_metrics
 from .topology import CHANGING
@@ -137,7 +137,7 @@ class _Run:
     @property
     def metrics(self) -> list[str]:
         """Names of what was measured, the loss last."""
-        return sorted(self.summary.eval.consensus, key=lambda name: name == "loss")
+        return sorted(self.summary.eval.consensus, key=lambda name: name.endswith("loss"))
 
     @property
     def evaluations(self) -> list[tuple[int, _Evaluation]]:
@@ -150,9 +150,7 @@ class _Run:
         """The worst agent's value, metric by metric."""
         known = [scores for scores in self.summary.eval.agents if not all(map(math.isnan, scores.values()))]
         return {
-            name: (max if name in LOWER_IS_BETTER else min)(
-                scores[name] for scores in known or self.summary.eval.agents
-            )
+            name: (max if lower_is_better(name) else min)(scores[name] for scores in known or self.summary.eval.agents)
             for name in self.metrics
         }
 
@@ -294,7 +292,7 @@ def _page(runs: list[_Run], sections: list[_Section]) -> str:
         title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         runs=runs,
         settings=_table([_settings(run) for run in runs]),
-        metrics=sorted(names, key=lambda name: name == "loss"),
+        metrics=sorted(names, key=lambda name: name.endswith("loss")),
         versions=_table([{**run.summary.versions, "git commit": run.summary.git_commit or "-"} for run in runs]),
         sections=sections,
     )

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from . import algorithms, exchange, optimizer_state, robust
-from .adapters import agent_name, as_adapter, as_tensors, experts, pair_names, scalings, trainable, write
+from .adapters import CONSENSUS, agent_name, as_adapter, as_tensors, experts, pair_names, scalings, trainable, write
 from .errors import DecafError
 from .exchange import Processes
 from .files import append_line, write_text
@@ -94,12 +94,13 @@ class Network:
             agent: trainable(model, agent_name(agent)) for agent in self.agents
         }
         ranks = [None] * num_agents if ranks is None else ranks
-        hosted = {ranks[agent]: self._layout(model, agent) for agent in self.agents}
+        hosted = {ranks[agent]: _layout(model, agent_name(agent)) for agent in self.agents}
         known = {r: layout for part in exchange.gather_objects(processes, hosted) for r, layout in part.items()}
         self.gone = {agent for agent in range(num_agents) if processes.host(agent, num_agents) is None}
         self._check_connected()
         anyone = next(iter(known.values()))
         self.layouts = [known.get(ranks[agent], anyone) for agent in range(num_agents)]
+        self._consensus = _layout(model, CONSENSUS)
         like = self.parameters[self.agents[0]]
         stays = {a for a, _ in pair_names(like).values()} if algorithms.ALGORITHMS[algorithm].freezes_a else set()
         self.travels = [name for name in like if name not in stays]
@@ -256,6 +257,15 @@ class Network:
         mean = algorithms.consensus(self.algorithm, self._adapters(everyone), **self.options)
         return as_tensors(mean, next(iter(everyone.values())))
 
+    def mean(self, everyone: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """`consensus` of what `gather` gave process 0, in every process; all call it."""
+        like = self._consensus.like
+        own = None
+        if everyone:
+            mean = self.consensus(everyone)
+            own = exchange.pack([mean[name].to(tensor.dtype) for name, tensor in like.items()])
+        return exchange.unpack(exchange.spread(self.processes, own, self._consensus.size()), like)
+
     @torch.no_grad()
     def consensus_distance(self, everyone: Mapping[int, Mapping[str, Tensor]]) -> float:
         """How far the agents' updates are from their mean (algorithms.consensus_distance)."""
@@ -274,9 +284,10 @@ class Network:
         tensors = {name: tensors.get(name, own[name]) for name in own}
         return as_adapter(tensors, layout.scaling, layout.stacks)
 
-    def _layout(self, model: PeftModel, agent: int) -> Layout:
-        like = {name: torch.empty_like(tensor, device="meta") for name, tensor in self.parameters[agent].items()}
-        return Layout(like, scalings(model, agent_name(agent)), experts(model, agent_name(agent)))
+
+def _layout(model: PeftModel, name: str) -> Layout:
+    like = {key: torch.empty_like(tensor, device="meta") for key, tensor in trainable(model, name).items()}
+    return Layout(like, scalings(model, name), experts(model, name))
 
 
 class RoundCallback(TrainerCallback):
@@ -291,6 +302,11 @@ class RoundCallback(TrainerCallback):
         self.checkpoints = {"checkpoints": 0, "checkpoint_seconds": 0.0, "checkpoint_mib": 0.0}
         self._resumed: list[dict] = []  # the lines that the checkpoint holds
         self._trained = 0.0  # seconds that the round in progress has trained before it was saved
+
+    def start_anew(self) -> None:
+        """Forget the rounds of an earlier training."""
+        self.pending, self._resumed, self._trained = None, [], 0.0
+        self.checkpoints = {"checkpoints": 0, "checkpoint_seconds": 0.0, "checkpoint_mib": 0.0}
 
     def resume(self, lines: list[dict], progress: Mapping[str, float]) -> None:
         """Go on from a checkpoint: its lines of `metrics.jsonl` and what `progress_so_far` was."""

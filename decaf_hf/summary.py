@@ -94,6 +94,7 @@ def summarize(trainer: "DecentralizedMixin") -> dict[str, Any]:
         "seconds": {part: sum(line[f"{part}_seconds"] for line in lines) for part in ("train", "mix", "measure")},
         **trainer.decaf_rounds.checkpoints,
         "base_model_digest": trainer.decaf_base_digest,
+        "environment": trainer.decaf_environment(),
         "versions": versions(),
         "git_commit": git_commit(),
     }

@@ -5,38 +5,42 @@ What is ours sits in a mixin that any Trainer can take. Private methods of the T
 `_load_optimizer_and_scheduler`, `_load_rng_state`, `_load_best_model`, `_get_dataloader`; it calls `_prepare_inputs`.
 """
 
+import contextlib
 import copy
+import inspect
 import json
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
+from accelerate.utils import find_batch_size
 from peft import LoraConfig
 from torch import Tensor, nn
-from torch.utils.data import ConcatDataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput, rotate_checkpoints
+from transformers.utils import ModelOutput
 
-from . import checkpoint, exchange, optimizer_state
+from . import checkpoint, environment, exchange, optimizer_state
 from .adapters import CONSENSUS, add_agents, agent_name, digest, frozen, save_adapter, trainable, with_rank, write
+from .agent_data import check_alike, check_data, check_list, column, concatenate, look, select
 from .algorithms import ALGORITHMS
-from .config import DecentralizedConfig
+from .config import DECIDING, DecentralizedConfig
 from .errors import DecafError
 from .hosting import Hosting
 from .hub import publish
 from .launch import process_name, span
-from .metrics import LOWER_IS_BETTER
+from .metrics import lower_is_better
 from .mixing import Faults, MixingSchedule, complete_schedule, identity_schedule, mixing_schedule
+from .parents import accepts, check_drawing, loss_obstacle, named, parents_method, positional_names
 from .partition import partition
 from .presence import LostProcessError
 from .recipe import HubSection
@@ -48,6 +52,10 @@ from .summary import versions, write_summary
 
 # losses known to be a mean over rows or tokens, each a function of its own logits
 ROW_WISE_LOSSES = ("ForSequenceClassification", "ForImageClassification", "ForCausalLM")
+# what a Trainer reports beside the scores
+_NO_SCORES = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "epoch")
+# of a LoraConfig what a resumed run may have otherwise: where the base lies, how PEFT holds it
+_NOT_DECIDING = ("base_model_name_or_path", "revision", "inference_mode", "peft_version", "runtime_config")
 
 
 class DecentralizedMixin:
@@ -55,40 +63,48 @@ class DecentralizedMixin:
 
     def __init__(
         self,
-        model: nn.Module | None = None,
-        args: DecentralizedConfig | None = None,
-        data_collator: Any = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        *pos_args: Any,
+        *places: Any,
         peft_config: LoraConfig | None = None,
         augment: Callable[[Any, int], Any] | None = None,
-        **kwargs: Any,
+        **keywords: Any,
     ):
-        """Everything a Trainer takes, and:
+        """Everything that the Trainer below takes, by place or by name, and:
 
         `peft_config`: the LoRA adapter each agent trains (or pass a PeftModel with one adapter, from which all start).
         `train_dataset`: one data set to partition, or a list with one per agent (entries of agents that other
         processes host may be None). `eval_dataset`: one data set on which every adapter is judged, or a list with each
-        agent's own. `augment`: changes a training row at random, a function of (row, seed); the seed follows from the
-        agent and the draw, so that it is the same in a batch, in turn, on any process and after a resume. Raises
-        `DecafError` before anything is written.
+        agent's own, or a dictionary of such by name. `augment`: changes a training row at random, a function of
+        (row, seed); the seed follows from the agent and the draw, so that it is the same in a batch, in turn, on any
+        process and after a resume. Raises `DecafError` before anything is written.
         """
+        names = positional_names(type(self), DecentralizedMixin)
+        given = named(type(self), names, places, keywords)
+        model, args = given.get("model"), given.get("args")
         if not isinstance(args, DecentralizedConfig):
             raise DecafError(f"args must be a DecentralizedConfig, got {type(args).__name__}")
-        if not isinstance(model, nn.Module):
+        if not isinstance(model, nn.Module) or given.get("model_init") is not None:
             raise DecafError("model must be a loaded model; model_init is not supported: all agents share one base")
         if args.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):
             raise DecafError(f"{type(model).__name__} has no gradient_checkpointing; leave it out")
-        if (kwargs.get("optimizers") or (None, None))[0] is not None:
+        if any(part is not None for part in given.get("optimizers") or ()):
             raise DecafError("the agents' adapters are made here: pass optimizer_cls_and_kwargs, not optimizers")
+        check_drawing(self, DecentralizedMixin)
+        self._decaf_own_loss = loss_obstacle(self, DecentralizedMixin)
+        self._decaf_judging = False  # whether an adapter is being judged, so that the active one stays
+        self._decaf_began = False  # whether the checkpoints of the output folder are this trainer's
+        self._decaf_loaded: Any = None  # the data set of the newest evaluation's loader
+        self._decaf_weighted: list[tuple[Tensor, Tensor]] | None = None  # losses of evaluated batches, and weights
+        self._decaf_augment = augment
         self.decaf_processes = args.processes
         self.decaf_agents = list(self.decaf_processes.agents(args.num_learners))
         self.decaf_schedule = _schedule(args)
         self.decaf_train_sets = exchange.together(
-            self.decaf_processes, lambda: self._decaf_own_sets(train_dataset, args)
+            self.decaf_processes, lambda: self._decaf_own_sets(given.get("train_dataset"), args)
         )
-        eval_dataset = self._decaf_hosted_eval(eval_dataset, args)
+        held_out = exchange.together(
+            self.decaf_processes, lambda: self._decaf_hosted_eval(given.get("eval_dataset"), args)
+        )
+        self._decaf_check_alike(model, args, held_out)
         self._decaf_set_length(args)
 
         with torch.random.fork_rng():
@@ -108,15 +124,19 @@ class DecentralizedMixin:
             digests = {name: digest({name: tensor})[:16] for name, tensor in tensors.items()}
             config = model.peft_config[CONSENSUS].to_dict()
             lora = {f"lora {name}": _text(value) for name, value in config.items()}
-            exchange.agree(self.decaf_processes, {**_comparable(args), **lora, **digests})
+            precise = environment.precision(environment.describe(args.mixed_precision, args.device))
+            exchange.agree(self.decaf_processes, {**_comparable(args), **lora, **precise, **digests})
         self.decaf_hosting = Hosting(
             model, self.decaf_agents, mode=args.hosting, seed=args.seed, base_dropout=args.base_dropout
         )
-        # Our losses are plain means over an agent's rows of one micro-batch; the Trainer divides by their number.
-        self.loss_is_scaled_for_ga = False
-        super().__init__(
-            model, args, data_collator, _concatenate(self.decaf_train_sets), eval_dataset, *pos_args, **kwargs
-        )
+        if self._decaf_own_loss is None:
+            # Our losses are plain means over an agent's rows of one micro-batch; the Trainer divides by their number.
+            self.loss_is_scaled_for_ga = False
+        self._decaf_activate(model)
+        replaced = {"model": model, "train_dataset": concatenate(self.decaf_train_sets), "eval_dataset": held_out}
+        given |= {name: value for name, value in replaced.items() if name in given}
+        in_place = [given.pop(name) for name in names[: len(places)]]
+        super().__init__(*in_place, **given)
         self.decaf_network = Network(
             self.model,
             self.decaf_processes,
@@ -137,7 +157,6 @@ class DecentralizedMixin:
         self._decaf_undamaged: Path | None = None  # the checkpoint that newest_checkpoint has read whole
         self.decaf_evaluation: dict[str, Any] | None = None  # the newest one, as it stands in metrics.jsonl
         self._decaf_evaluated_step: int | None = None
-        self._decaf_augment = augment
         self._decaf_losses: list[Tensor] = []  # (hosted agents,) per micro-batch since the last round
         self._decaf_tokens: Tensor | None = None  # (hosted agents,) of a language model's step, all micro-batches
         self._decaf_micro_step = 0
@@ -152,47 +171,89 @@ class DecentralizedMixin:
         if train_dataset is None:
             return []
         if isinstance(train_dataset, list | tuple):
-            self._decaf_check_count("train_dataset", train_dataset, args)
-            own = [train_dataset[agent] for agent in self.decaf_agents]
-            if ALGORITHMS[args.algorithm].pooled:
-                own = [_concatenate(list(train_dataset))]
-        elif ALGORITHMS[args.algorithm].pooled:
-            own = [train_dataset]
+            check_list("train_dataset", train_dataset, args.num_agents)
+            pooled = ALGORITHMS[args.algorithm].pooled
+            hosted = range(args.num_agents) if pooled else self.decaf_agents
+            parts = [self._decaf_entry("train_dataset", train_dataset, agent) for agent in hosted]
+            if pooled:
+                check_alike(dict(enumerate(map(look, parts))), {}, ())
+            own = [concatenate(parts)] if pooled else parts
         else:
-            by = None if args.partition == "iid" else np.asarray(train_dataset[args.partition_by])
-            parts = partition(
-                args.partition,
-                args.num_agents,
-                len(train_dataset),
-                by=by,
-                dirichlet_alpha=args.dirichlet_alpha,
-                min_samples=max(2, args.per_device_train_batch_size),
-                seed=stream_seed(args.seed, "partition") % 2**32,
-            )
-            own = [train_dataset.select(parts[agent]) for agent in self.decaf_agents]
+            check_data("train_dataset", train_dataset)
+            own = [train_dataset] if ALGORITHMS[args.algorithm].pooled else self._decaf_parts(train_dataset, args)
         for agent, data in zip(self.decaf_agents, own, strict=True):
-            if data is None or len(data) < max(2, args.per_device_train_batch_size):
+            if len(data) < max(2, args.per_device_train_batch_size):
                 raise DecafError(
-                    f"agent {agent} has {0 if data is None else len(data)} training samples, fewer than the "
+                    f"agent {agent} has {len(data)} training samples, fewer than the "
                     f"{max(2, args.per_device_train_batch_size)} needed; give it more data or lower "
                     "per_device_train_batch_size"
                 )
         return own
 
-    def _decaf_hosted_eval(self, data: Any, args: DecentralizedConfig) -> Any:
-        """Held-out data of this process: one data set for all, or the hosted agents' own."""
-        if isinstance(data, dict):
-            raise DecafError("eval_dataset is one data set or a list with each agent's own, not a dictionary")
-        if not isinstance(data, list | tuple):
-            return data
-        self._decaf_check_count("eval_dataset", data, args)
-        return (
-            [_concatenate(list(data))] if ALGORITHMS[args.algorithm].pooled else [data[a] for a in self.decaf_agents]
+    def _decaf_parts(self, data: Any, args: DecentralizedConfig) -> list[Any]:
+        """The hosted agents' parts of one data set."""
+        by = None if args.partition == "iid" else np.asarray(column(data, args.partition_by, args.partition))
+        parts = partition(
+            args.partition,
+            args.num_agents,
+            len(data),
+            by=by,
+            dirichlet_alpha=args.dirichlet_alpha,
+            min_samples=max(2, args.per_device_train_batch_size),
+            seed=stream_seed(args.seed, "partition") % 2**32,
         )
+        return [select(data, parts[agent]) for agent in self.decaf_agents]
 
-    def _decaf_check_count(self, what: str, data: Sequence, args: DecentralizedConfig) -> None:
-        if len(data) != args.num_agents:
-            raise DecafError(f"{what} lists {len(data)} data sets for {args.num_agents} agents; give one per agent")
+    def _decaf_entry(self, what: str, data: Sequence, agent: int) -> Any:
+        """An agent's own data set in a list."""
+        if data[agent] is None:
+            raise DecafError(f"{what} has no data set for agent {agent}, which this process hosts; give it one")
+        check_data(f"{what}[{agent}]", data[agent])
+        return data[agent]
+
+    def _decaf_hosted_eval(self, data: Any, args: DecentralizedConfig, what: str = "eval_dataset") -> Any:
+        """Held-out data of this process: one data set for all, the hosted agents' own, or a dictionary of such."""
+        if data is None:
+            return None
+        if isinstance(data, Mapping):
+            if not data or not all(isinstance(name, str) and name for name in data):
+                raise DecafError(f"{what} is a dictionary with the names {list(data)}; give at least one, each a text")
+            return {name: self._decaf_hosted_eval(part, args, f"{what}[{name!r}]") for name, part in data.items()}
+        if not isinstance(data, list | tuple):
+            check_data(what, data)
+            parts = [data]
+        else:
+            check_list(what, data, args.num_agents)
+            pooled = ALGORITHMS[args.algorithm].pooled
+            parts = [
+                self._decaf_entry(what, data, a) for a in (range(args.num_agents) if pooled else self.decaf_agents)
+            ]
+            data = parts = [concatenate(parts)] if pooled else parts
+        if not all(map(len, parts)):
+            raise DecafError(f"{what} has a data set without rows; give held-out rows, or leave it out")
+        return data
+
+    def _decaf_check_alike(self, model: nn.Module, args: DecentralizedConfig, held_out: Any) -> None:
+        """Raise `DecafError` if agents, here or in other processes, number classes differently or lack columns."""
+        train = dict(zip(self.decaf_agents, map(look, self.decaf_train_sets), strict=False))
+        groups = held_out if isinstance(held_out, dict) else {"eval_dataset": held_out}
+        judged = {
+            f"{name} of agent {agent}" if isinstance(group, list) else name: look(data)
+            for name, group in groups.items()
+            for agent, data in zip(self.decaf_agents, group if isinstance(group, list) else [group], strict=False)
+        }
+        everyone = exchange.gather_objects(self.decaf_processes, (train, judged))
+        needed = {
+            *inspect.signature(model.forward).parameters,
+            "label",
+            "label_ids",
+            *(args.label_names or ["labels"]),
+        }
+        check_alike(
+            {agent: own for part, _ in everyone for agent, own in part.items()},
+            {name: own for _, part in everyone for name, own in part.items()},
+            needed,
+        )
 
     def _decaf_set_length(self, args: DecentralizedConfig) -> None:
         """Fix the number of steps: whole rounds, and an epoch in which the agents draw as many samples as they own."""
@@ -211,6 +272,11 @@ class DecentralizedMixin:
         """Agent-major batches: `per_device_train_batch_size` rows of each hosted agent."""
         if not self.decaf_train_sets:
             raise DecafError("training needs a train_dataset")
+        if len(self.train_dataset) != sum(map(len, self.decaf_train_sets)):
+            raise DecafError(
+                f"train_dataset had {sum(map(len, self.decaf_train_sets))} rows of this process' agents and has "
+                f"{len(self.train_dataset)} since; which are whose cannot be told, so prepare the data sets before"
+            )
         args = self.args
         sampler = AgentMajorSampler(
             [len(data) for data in self.decaf_train_sets],
@@ -253,14 +319,28 @@ class DecentralizedMixin:
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """As `Trainer.get_batch_samples`; counts each agent's own tokens besides."""
         batches, count = super().get_batch_samples(epoch_iterator, num_batches, device)
-        self._decaf_tokens = None
-        if self._decaf_counts_tokens and batches and "labels" in batches[0]:
-            told = [batch["labels"][:, 1:].ne(-100) for batch in batches]  # what a token predicts is the next one
-            agents = range(len(self.decaf_agents))
-            self._decaf_tokens = torch.stack(
-                [sum(part.chunk(len(self.decaf_agents))[agent].sum() for part in told) for agent in agents]
-            ).to(device)
+        self._decaf_tokens = self._decaf_count(batches, device)
         return batches, count
+
+    def _decaf_count(self, batches: list, device: torch.device) -> Tensor | None:
+        """What each hosted agent's loss of a step is divided by, `(hosted agents,)`; None for a mean over rows."""
+        agents = range(len(self.decaf_agents))
+        if not batches or "labels" not in batches[0]:
+            return None
+        if self._decaf_own_loss is None and self._decaf_counts_tokens:
+            told = [batch["labels"][:, 1:].ne(-100) for batch in batches]  # what a token predicts is the next one
+            counts = [sum(part.chunk(len(self.decaf_agents))[agent].sum() for part in told) for agent in agents]
+        elif self._decaf_own_loss is not None or self.compute_loss_func is not None:
+            # as a Trainer counts for an agent alone
+            own = [[self.decaf_hosting.rows(batch, agent) for batch in batches] for agent in agents]
+            counts = [self._get_num_items_in_batch(part, device) for part in own]
+        else:
+            return None
+        return (
+            None
+            if any(count is None for count in counts)
+            else torch.stack(list(map(torch.as_tensor, counts))).to(device)
+        )
 
     @property
     def _decaf_counts_tokens(self) -> bool:
@@ -269,7 +349,7 @@ class DecentralizedMixin:
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward for every hosted agent; returns the mean of their losses, as the Trainer's own does
         divided by the number of batches that gradient accumulation adds up."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = Trainer._prepare_inputs(self, inputs)  # a parent's own is asked for each agent's rows, further down
         if self.decaf_hosting.batched is None:
             self.decaf_choose_hosting(inputs)
         clock = self.decaf_hosting.clock
@@ -289,6 +369,7 @@ class DecentralizedMixin:
                 with self.decaf_hosting.alone(agent, rows):
                     losses.append(super().training_step(model, rows, tokens))
             losses = torch.stack(losses) * accumulated  # the Trainer divided them
+        self.decaf_hosting.activate(CONSENSUS)
         self._decaf_check_finite(losses)
         self._decaf_losses.append(losses)
         return losses.mean() / accumulated
@@ -298,14 +379,19 @@ class DecentralizedMixin:
     ):
         """In a shared batch the sum of the agents' own losses, so that each adapter gets exactly its own gradient."""
         if not self.decaf_hosting.sharing:
-            answer = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            loss = super().compute_loss
+            items = {"num_items_in_batch": num_items_in_batch} if accepts(loss, "num_items_in_batch") else {}
+            answer = loss(model, inputs, return_outputs=return_outputs, **items)
             judging = return_outputs or num_items_in_batch is None
-            return answer if judging else answer * self.current_gradient_accumulation_steps
+            scaled = judging or self._decaf_own_loss is not None  # who has a loss of his own says how it is scaled
+            return answer if scaled else answer * self.current_gradient_accumulation_steps
         labels = inputs.pop("labels")
         outputs = self.decaf_hosting.forward(model, inputs)
         count = len(self.decaf_agents)
         tokens = [None] * count if self._decaf_tokens is None else self._decaf_tokens
-        parts = zip(outputs["logits"].chunk(count), labels.chunk(count), tokens, strict=True)
+        total = len(labels)
+        each = [_rows_of(outputs, index, count, total) for index in range(count)]
+        parts = zip(each, labels.chunk(count), tokens, strict=True)
         losses = torch.stack([self._decaf_rows_loss(*part) for part in parts])
         self._decaf_agent_losses = losses.detach()
         return losses.sum()
@@ -320,13 +406,13 @@ class DecentralizedMixin:
         losses, self._decaf_losses = self._decaf_losses, []
         return torch.stack(losses).mean().item() if losses else math.nan
 
-    def _decaf_rows_loss(self, logits: Tensor, labels: Tensor, tokens: Tensor | None) -> Tensor:
+    def _decaf_rows_loss(self, outputs: Any, labels: Tensor, tokens: Tensor | None) -> Tensor:
         """One agent's loss of one micro-batch; `tokens` are those of all micro-batches of the step, which the Trainer
         divides by in the number of micro-batches."""
-        base = self.model.get_base_model()
+        base, logits = self.model.get_base_model(), outputs["logits"]
         accumulated = 1 if tokens is None else self.current_gradient_accumulation_steps
         if self.compute_loss_func is not None:
-            loss = self.compute_loss_func({"logits": logits}, labels, num_items_in_batch=tokens)
+            loss = self.compute_loss_func(outputs, labels, num_items_in_batch=tokens)
         elif self.label_smoother is not None:
             shift = self._decaf_counts_tokens
             loss = self.label_smoother({"logits": logits}, labels, shift_labels=shift, num_items_in_batch=tokens)
@@ -339,8 +425,8 @@ class DecentralizedMixin:
 
     def _decaf_loss_obstacle(self) -> str | None:
         """Why the loss cannot be cut into the agents' own, or None."""
-        if type(self).compute_loss is not DecentralizedMixin.compute_loss:
-            return f"{type(self).__name__} computes its own loss"
+        if self._decaf_own_loss is not None:
+            return self._decaf_own_loss
         loss_type = getattr(self.model.get_base_model(), "loss_type", None)
         if loss_type not in ROW_WISE_LOSSES:
             return f"a loss of type {loss_type} may couple samples"
@@ -374,11 +460,15 @@ class DecentralizedMixin:
         Raises `DecafError` if `hosting="batched"` is impossible.
         """
         if inputs is None:
-            inputs = self._prepare_inputs(next(iter(self.get_train_dataloader())))
+            inputs = Trainer._prepare_inputs(self, next(iter(self.get_train_dataloader())))
         side = getattr(self.processing_class, "padding_side", "right")
         if "logits_to_keep" in inputs:  # they are those of the last columns, so these are no padding
             side = "left"
-        self.decaf_hosting.decide(self.model, inputs, self._decaf_loss_obstacle(), side)
+        try:
+            obstacle = self._decaf_loss_obstacle()
+            self.decaf_hosting.decide(self.model, inputs, obstacle, side, own_call=self._decaf_own_loss is not None)
+        finally:
+            self.decaf_hosting.activate(CONSENSUS)
         if self.decaf_hosting.unused and self.decaf_processes.is_main:
             unused = ", ".join(self.decaf_hosting.unused[:5]) + ", ..." * (len(self.decaf_hosting.unused) > 5)
             print(
@@ -402,42 +492,131 @@ class DecentralizedMixin:
     # ---- judging
 
     def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+        **options: Any,
     ) -> dict[str, float]:
         """Judge the consensus and every agent; the metrics name which: `eval_consensus_accuracy`, `eval_agent3_loss`,
-        `eval_agents_mean_accuracy`, `eval_agents_min_accuracy`, `eval_agents_max_loss`. `self.decaf_evaluation` holds
-        the same, nested, when it is the trainer's own held-out data that was judged."""
-        data = self.eval_dataset if eval_dataset is None else self._decaf_hosted_eval(eval_dataset, self.args)
-        if data is None:
-            raise DecafError("evaluation needs an eval_dataset")
-        judged = self._decaf_judge(data, ignore_keys)
+        `eval_agents_mean_accuracy`, `eval_agents_min_accuracy`, `eval_agents_max_loss`; under the plain names that a
+        Trainer user looks for stand the consensus'. Of several data sets by name, each has its own metrics:
+        `eval_NAME_accuracy`. `self.decaf_evaluation` holds the same, nested, when it is the trainer's own held-out
+        data that was judged. `options` are for an `evaluate` of the Trainer below, which judges each adapter."""
+        if self._decaf_judging:  # a parent's own evaluate, which asks again
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix, **options)
+        data = self._decaf_to_judge(eval_dataset)
+        parts = data if isinstance(data, dict) else {"": data}
+        try:
+            self._decaf_settle()
+            judged = {name: self._decaf_judge(part, ignore_keys, options) for name, part in parts.items()}
+        finally:
+            self._decaf_activate(self.model)
         if eval_dataset is None:
-            self.decaf_evaluation, self._decaf_evaluated_step = judged, self.state.global_step
-        flat = {
-            f"{metric_key_prefix}_{who}_{metric}": value
-            for who in ("consensus", "agents_mean", "agents_min", "agents_max")
-            for metric, value in judged[who].items()
-        }
-        for agent, metrics in enumerate(judged["agents"]):
-            if metrics is None:
-                continue
-            flat.update({f"{metric_key_prefix}_agent{agent}_{metric}": value for metric, value in metrics.items()})
-        # Under the plain names a Trainer user looks for, the consensus.
-        flat.update({f"{metric_key_prefix}_{m}": value for m, value in judged["consensus"].items()})
-        self.log(dict(flat))
+            self.decaf_evaluation, self._decaf_evaluated_step = _joined(judged), self.state.global_step
+        flat = {}
+        for name, scores in judged.items():
+            own = _flat(scores, f"{metric_key_prefix}_{name}" if name else metric_key_prefix)
+            self.log(dict(own))
+            flat.update(own)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, flat)
         return flat
 
-    def _decaf_judge(self, data: Any, ignore_keys: list[str] | None) -> dict[str, Any]:
-        own = isinstance(data, list | tuple)
-        everyone = self.decaf_network.gather(everywhere=own)
-        if everyone:
-            write(trainable(self.model, CONSENSUS), self.decaf_network.consensus(everyone))
+    def predict(self, test_dataset: Any, *places: Any, **keywords: Any) -> PredictionOutput:
+        """As `Trainer.predict`, of the consensus as the agents are now."""
+        if not self._decaf_judging:
+            self._decaf_settle()
+        return super().predict(test_dataset, *places, **keywords)
+
+    def log(self, logs: dict[str, float], *places: Any, **keywords: Any) -> None:
+        """As `Trainer.log`; silent while a parent's `evaluate` judges one adapter: ours logs all together."""
+        if not self._decaf_judging:
+            super().log(logs, *places, **keywords)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As `Trainer.evaluation_loop`; the loss is a mean over rows, or over the tokens that are told, whatever the
+        batch size."""
+        self._decaf_weighted = []
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        weighted, self._decaf_weighted = self._decaf_weighted, None
+        if weighted and f"{metric_key_prefix}_loss" in output.metrics:
+            losses, weights = (torch.stack(part).cpu().double() for part in zip(*weighted, strict=True))
+            usable = torch.isfinite(losses) if self.args.logging_nan_inf_filter else torch.ones_like(losses).bool()
+            if bool(usable.any()):
+                mean = (losses * weights)[usable].sum() / weights[usable].sum()
+                output.metrics[f"{metric_key_prefix}_loss"] = mean.item()
+        return output
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *places: Any, **keywords: Any) -> tuple:
+        """As `Trainer.prediction_step`; notes what the batch's loss is a mean of."""
+        weight = self._decaf_weight(inputs)
+        output = super().prediction_step(model, inputs, *places, **keywords)
+        if self._decaf_weighted is not None and output[0] is not None:
+            self._decaf_weighted.append((output[0].detach().mean(), weight.to(output[0].device)))
+        return output
+
+    def _decaf_weight(self, inputs: dict[str, Any]) -> Tensor:
+        """What a batch's mean loss counts with: the tokens that are told, of classes the rows."""
+        labels = inputs.get("labels")
+        if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
+            return torch.tensor(float(find_batch_size(inputs) or 1))
+        told = labels[:, 1:] if self._loss_shifts_labels or self._decaf_counts_tokens else labels
+        return told.ne(-100).sum().float()
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        try:
+            return super()._determine_best_metric(metrics, trial)
+        except KeyError:
+            known = sorted(name.removeprefix("eval_") for name in metrics)
+            raise DecafError(
+                f"metric_for_best_model={self.args.metric_for_best_model} is none of the metrics: {', '.join(known)}"
+            ) from None
+
+    def _decaf_to_judge(self, data: Any) -> Any:
+        """Held-out data as the user names them."""
+        if isinstance(data, str) and isinstance(self.eval_dataset, dict):
+            if data not in self.eval_dataset:
+                raise DecafError(f"eval_dataset has no {data!r}; it has {', '.join(self.eval_dataset)}")
+            return self.eval_dataset[data]
+        if data is not None:
+            return exchange.together(self.decaf_processes, lambda: self._decaf_hosted_eval(data, self.args))
+        if self.eval_dataset is None:
+            raise DecafError("evaluation needs an eval_dataset")
+        return self.eval_dataset
+
+    def _decaf_activate(self, model: nn.Module) -> None:
+        """Let the consensus be what PEFT and its users find active; what is trained stays so."""
+        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        model.set_adapter(CONSENSUS, inference_mode=True)
+        for parameter, needs_grad in trained:
+            parameter.requires_grad_(needs_grad)
+
+    def _decaf_settle(self) -> dict[int, dict[str, Tensor]]:
+        """Leave the model as every public call does, in all processes: the consensus active, and the network's mean as
+        of now. Returns all agents' adapters, in process 0."""
+        everyone = self.decaf_network.gather()
+        write(trainable(self.model, CONSENSUS), self.decaf_network.mean(everyone))
+        self._decaf_activate(self.model)
+        return everyone
+
+    def _decaf_judge(self, data: Any, ignore_keys: list[str] | None, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Judge the hosted agents, and the consensus as it stands in its adapter, on one data set or each agent's."""
+        own = isinstance(data, list)
+        judge = partial(self._decaf_metrics, ignore_keys=ignore_keys, options=options)
         agents = []
         for index, agent in enumerate(self.decaf_agents):
             held_out = data[index] if own else data
-            metrics = self._decaf_metrics(agent_name(agent), held_out, ignore_keys)
-            on_own = self._decaf_metrics(CONSENSUS, held_out, ignore_keys) if own else None
+            metrics = judge(agent_name(agent), held_out)
+            on_own = judge(CONSENSUS, held_out) if own else None
             agents.append((agent, metrics, on_own, len(held_out)))
         agents = sorted(entry for part in exchange.gather_objects(self.decaf_processes, agents) for entry in part)
         if own:
@@ -446,7 +625,7 @@ class DecentralizedMixin:
             names = agents[0][2]
             consensus = {name: sum(count * metrics[name] for *_, metrics, count in agents) / total for name in names}
         else:
-            consensus = self._decaf_metrics(CONSENSUS, data, ignore_keys) if self.decaf_processes.is_main else None
+            consensus = judge(CONSENSUS, data) if self.decaf_processes.is_main else None
             consensus = exchange.gather_objects(self.decaf_processes, consensus)[0]
         per_agent = [metrics for _, metrics, *_ in agents]
         by_number = {agent: metrics for agent, metrics, *_ in agents}
@@ -457,32 +636,61 @@ class DecentralizedMixin:
             "agents": [by_number.get(agent) for agent in range(self.args.num_learners)],  # None: it is gone
             "agents_mean": {n: sum(metrics[n] for metrics in per_agent) / len(per_agent) for n in names},
             # the worst agent, whichever way is worse
-            "agents_min": {n: min(metrics[n] for metrics in per_agent) for n in names if n not in LOWER_IS_BETTER},
-            "agents_max": {n: max(metrics[n] for metrics in per_agent) for n in names if n in LOWER_IS_BETTER},
+            "agents_min": {n: min(metrics[n] for metrics in per_agent) for n in names if not lower_is_better(n)},
+            "agents_max": {n: max(metrics[n] for metrics in per_agent) for n in names if lower_is_better(n)},
         }
 
-    def _decaf_metrics(self, name: str, data: Any, ignore_keys: list[str] | None) -> dict[str, float]:
+    def _decaf_metrics(
+        self, name: str, data: Any, ignore_keys: list[str] | None = None, options: Mapping[str, Any] | None = None
+    ) -> dict[str, float]:
+        """The numbers that one adapter gets on one data set."""
         self.decaf_hosting.activate(name)
-        output = self.evaluation_loop(
-            self.get_eval_dataloader(data),
-            description=f"Evaluation of {name}",
-            prediction_loss_only=True if self.compute_metrics is None else None,
-            ignore_keys=ignore_keys,
-            metric_key_prefix="eval",
-        )
-        drop = ("eval_model_preparation_time",)
-        return {key.removeprefix("eval_"): float(value) for key, value in output.metrics.items() if key not in drop}
+        if parents_method(self, DecentralizedMixin, "evaluate") or options:
+            with self._decaf_unheard():
+                metrics = super().evaluate(data, ignore_keys=ignore_keys, metric_key_prefix="eval", **(options or {}))
+        else:
+            metrics = self.evaluation_loop(
+                self.get_eval_dataloader(data),
+                description=f"Evaluation of {name}",
+                prediction_loss_only=True if self.compute_metrics is None else None,
+                ignore_keys=ignore_keys,
+                metric_key_prefix="eval",
+            ).metrics
+        found = {key.removeprefix("eval_"): value for key, value in metrics.items()}
+        return {
+            k: float(v) for k, v in found.items() if isinstance(v, int | float | np.number) and k not in _NO_SCORES
+        }
+
+    @contextlib.contextmanager
+    def _decaf_unheard(self) -> Iterator[None]:
+        """Let a parent's `evaluate` judge one adapter without telling callbacks, as if all had been judged."""
+        handler, self._decaf_judging = self.callback_handler, True
+        handler.on_evaluate = lambda args, state, control, metrics: control
+        try:
+            yield
+        finally:
+            self._decaf_judging = False
+            del handler.on_evaluate
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As `Trainer.get_eval_dataloader`, which with persistent workers keeps one loader whatever the data set."""
+        if eval_dataset is not self._decaf_loaded:
+            vars(self).pop("_eval_dataloaders", None)
+        self._decaf_loaded = eval_dataset
+        return super().get_eval_dataloader(eval_dataset)
 
     # ---- saving and resuming
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any):
+    def train(self, resume_from_checkpoint: str | bool | None = None, *places: Any, **keywords: Any) -> TrainOutput:
         """As `Trainer.train`; True resumes at the newest complete checkpoint of the output folder.
 
-        On SIGTERM or Ctrl-C the step is finished (with several processes the round), a checkpoint is saved, and the
-        signal takes its course: SystemExit(143) or KeyboardInterrupt.
+        Called again it goes on from the adapters as they are and counts its steps anew, as a Trainer does; the first
+        call's checkpoints are kept aside until the second has written one. On SIGTERM or Ctrl-C the step is finished
+        (with several processes the round), a checkpoint is saved, and the signal takes its course: SystemExit(143) or
+        KeyboardInterrupt.
         """
         if not resume_from_checkpoint:
-            exchange.together(self.decaf_processes, self._decaf_check_no_checkpoint)
+            exchange.together(self.decaf_processes, self._decaf_start_anew)
         else:
             if resume_from_checkpoint is True:
                 resume_from_checkpoint = self.decaf_newest_checkpoint()
@@ -493,16 +701,32 @@ class DecentralizedMixin:
                 self._decaf_rotate_checkpoints(folder.parent, state)
             self._decaf_take_over(folder, state.global_step // self.args.local_steps)
             if state.global_step >= self.args.max_steps:
+                self._decaf_began = True
                 return self._decaf_finished(resume_from_checkpoint, state)
+        self._decaf_began = True
         with Stopping("the step" if self.decaf_processes.count == 1 else "the round") as self.decaf_stopping:
             try:
-                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                output = super().train(resume_from_checkpoint, *places, **keywords)
             except LostProcessError as error:
                 raise self._decaf_lost(error) from error
+            finally:
+                self._decaf_activate(self.model)  # the others may be gone: no more than that
+        self._decaf_settle()
         if self.state.global_step < self.args.max_steps:
             self._decaf_say_stopped()
             self.decaf_stopping.raise_if_asked()
         return output
+
+    def _decaf_start_anew(self) -> None:
+        """Forget an earlier `train()` of this trainer; raises `DecafError` for checkpoints of another run."""
+        if self._decaf_began:
+            self.decaf_rounds.start_anew()
+            self._decaf_losses, self._decaf_micro_step = [], 0
+            self.decaf_evaluation = self._decaf_evaluated_step = self._decaf_undamaged = None
+            if self.decaf_processes.is_main:
+                checkpoint.put_aside(self.args.output_dir)
+        else:
+            self._decaf_check_no_checkpoint()
 
     def _decaf_lost(self, error: LostProcessError) -> LostProcessError:
         """The same, with the agents that are gone and the round."""
@@ -563,7 +787,7 @@ class DecentralizedMixin:
         return exchange.gather_objects(self.decaf_processes, exchange.together(self.decaf_processes, choose))[0]
 
     def _decaf_check_no_checkpoint(self) -> None:
-        found = checkpoint.checkpoints(self.args.output_dir)
+        found = checkpoint.checkpoints(self.args.output_dir) + checkpoint.earlier(self.args.output_dir)
         if found:
             raise DecafError(f"{found[0]} is of another run; resume it, remove it or choose another output_dir")
 
@@ -572,8 +796,42 @@ class DecentralizedMixin:
         problem = checkpoint.damage(path) if self.decaf_processes.is_main and path != self._decaf_undamaged else None
         if problem is None and checkpoint.base_digest(path) != self.decaf_base_digest:
             problem = "its adapters are of another base model; load the weights that the run was started with"
+        if problem is None and self.decaf_processes.is_main:
+            problem = self._decaf_differing(path)
         if problem is not None:
             raise DecafError(f"{path} cannot be resumed from: {problem}")
+
+    def _decaf_differing(self, path: Path) -> str | None:
+        """What of a checkpoint's settings or precision is not this run's; another machine is a warning."""
+        before = checkpoint.recorded(path)
+        now = self._decaf_settings()
+        for name, value in before["settings"].items():
+            if name in now and now[name] != value:
+                return f"it was written with {name} {value}, now it is {now[name]}; resume with the settings it had"
+        try:
+            machine = environment.compare(before["environment"], self.decaf_environment())
+        except DecafError as error:
+            return str(error)
+        if machine is not None:
+            print(
+                f"warning: resumed on another machine or with other threads: {machine}; the numbers may differ "
+                "from an undisturbed run's in their last digits",
+                file=sys.stderr,
+                flush=True,
+            )
+        return None
+
+    def _decaf_settings(self) -> dict[str, str]:
+        """What a resumed run must have as it was, by name."""
+        settings = {name: _text(value) for name, value in self.args.to_dict().items() if name in DECIDING}
+        settings["topology"] = _text(Path(self.args.topology).name)
+        settings["mixing matrix of round 1"] = digest({"": self.decaf_schedule.matrix(1)})[:16]
+        config = self.model.peft_config[CONSENSUS].to_dict()
+        return settings | {f"lora.{name}": _text(value) for name, value in config.items() if name not in _NOT_DECIDING}
+
+    def decaf_environment(self) -> dict[str, str]:
+        """What of the machine numbers depend on (environment.py)."""
+        return environment.describe(self.args.mixed_precision, self.args.device)
 
     def _decaf_finished(self, folder: str, state: TrainerState) -> TrainOutput:
         """Take up a run whose last round is done; the Trainer's own loop would add a step."""
@@ -581,13 +839,18 @@ class DecentralizedMixin:
         self._load_from_checkpoint(folder)
         if self.decaf_processes.is_main:
             self.decaf_rounds.restore_metrics()
+        self._decaf_settle()
         if self.eval_dataset is not None:
             self.evaluate()
         return TrainOutput(state.global_step, 0.0, {})
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write `consensus/`, `agents/<i>/` and `summary.json`; process 0 writes for all."""
-        everyone = self.decaf_network.gather()
+        super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """What `Trainer.save_model` writes; all processes call it."""
+        everyone = self._decaf_settle()
         if not self.decaf_processes.is_main:
             return
         folder = Path(output_dir or self.args.output_dir)
@@ -599,7 +862,7 @@ class DecentralizedMixin:
         for left in (folder / "agents").iterdir():  # of an earlier run with more agents
             if left.name not in map(str, {*everyone, *left_behind}):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
-        save_adapter(folder / "consensus", self.decaf_network.consensus(everyone), config)
+        save_adapter(folder / "consensus", trainable(self.model, CONSENSUS), config)
         write_summary(folder, self)
 
     def push_to_hub(
@@ -653,9 +916,11 @@ class DecentralizedMixin:
             base_model_digest=self.decaf_base_digest,
             placement=self.decaf_placement(),
             gone=self.decaf_gone,
+            recorded={"settings": self._decaf_settings(), "environment": self.decaf_environment()},
         )
         self.decaf_rounds.count_checkpoint(time.perf_counter() - started, written)
         if self.decaf_processes.is_main:
+            checkpoint.remove_earlier(self.args.output_dir)
             self._decaf_rotate_checkpoints(folder.parent, self.state)
 
     def _decaf_rotate_checkpoints(self, place: Path, state: TrainerState) -> None:
@@ -668,11 +933,11 @@ class DecentralizedMixin:
 
     def _load_best_model(self) -> None:
         checkpoint.load_adapters(Path(self.state.best_model_checkpoint), self.decaf_network.parameters)
+        self._decaf_settle()
+        data = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        judged = {name: self._decaf_judge(part, None, {}) for name, part in data.items()}
         # of the adapters that are kept
-        self.decaf_evaluation, self._decaf_evaluated_step = (
-            self._decaf_judge(self.eval_dataset, None),
-            self.state.global_step,
-        )
+        self.decaf_evaluation, self._decaf_evaluated_step = _joined(judged), self.state.global_step
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         folder = Path(resume_from_checkpoint)
@@ -724,12 +989,45 @@ def _schedule(args: DecentralizedConfig) -> MixingSchedule:
     return schedule
 
 
-def _concatenate(parts: list[Any]) -> Any:
-    if not parts:
-        return None
-    if all(isinstance(part, datasets.Dataset) for part in parts):
-        return datasets.concatenate_datasets(parts)
-    return ConcatDataset(parts)
+def _flat(judged: Mapping[str, Any], prefix: str) -> dict[str, float]:
+    """The metrics of an evaluation under the names that `evaluate` returns."""
+    flat = {
+        f"{prefix}_{who}_{metric}": value
+        for who in ("consensus", "agents_mean", "agents_min", "agents_max")
+        for metric, value in judged[who].items()
+    }
+    for agent, metrics in enumerate(judged["agents"]):
+        flat.update({f"{prefix}_agent{agent}_{metric}": value for metric, value in (metrics or {}).items()})
+    return flat | {f"{prefix}_{metric}": value for metric, value in judged["consensus"].items()}
+
+
+def _joined(judged: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The evaluations of several data sets as one, whose metrics bear the data set's name; of one as it is."""
+    if list(judged) == [""]:
+        return dict(judged[""])
+
+    def join(parts: Mapping[str, Any]) -> dict[str, float] | None:
+        if any(part is None for part in parts.values()):  # an agent that is gone
+            return None
+        return {f"{name}_{metric}": value for name, part in parts.items() for metric, value in part.items()}
+
+    first = next(iter(judged.values()))
+    whole = {
+        who: join({name: own[who] for name, own in judged.items()}) for who in first if who not in ("on", "agents")
+    }
+    count = len(first["agents"])
+    agents = [join({name: own["agents"][agent] for name, own in judged.items()}) for agent in range(count)]
+    return {"on": "own" if all(own["on"] == "own" for own in judged.values()) else "global", **whole, "agents": agents}
+
+
+def _rows_of(value: Any, index: int, count: int, total: int) -> Any:
+    """The part of a model's outputs that belongs to one of `count` agents with as many of the `total` rows each."""
+    if isinstance(value, Tensor):
+        return value.chunk(count)[index] if value.dim() and value.shape[0] == total else value
+    if isinstance(value, Mapping):
+        own = {name: _rows_of(part, index, count, total) for name, part in value.items()}
+        return type(value)(**own) if isinstance(value, ModelOutput) else own
+    return tuple(_rows_of(part, index, count, total) for part in value) if type(value) is tuple else value
 
 
 def _comparable(args: DecentralizedConfig) -> dict[str, str]:
