@@ -9,6 +9,7 @@ endif
 # --no-compile: Python compiles what is imported, a small part of these packages, and half of the time is saved
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c $(VENV)/constraints.txt
 export HF_HUB_OFFLINE ?= 1
+unexport PYTHONDONTWRITEBYTECODE # else every process of the tests compiles the libraries anew, 20 seconds each
 
 .PHONY: help quickstart install install-quickstart style quality test test-slow recipes models clean
 

