@@ -166,8 +166,8 @@ def test_a_payload_that_cannot_be_right_is_as_if_the_link_were_down(tmp_path, mo
     matrix[1, 1] = 1
     for agent in (0, 2, 3, 4):
         matrix[agent, agent] += share
-    monkeypatch.setattr(expected.network, "matrices", lambda round_index: [matrix])
-    expected.network.mix(1)
+    monkeypatch.setattr(expected.decaf_network, "matrices", lambda round_index: [matrix])
+    expected.decaf_network.mix(1)
 
     trainer = moved(tmp_path / "garbage", algorithm=algorithm)
     garbage(monkeypatch, 1, change)
