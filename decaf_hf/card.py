@@ -15,8 +15,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import TemplateError
 
 from . import loading
-from .errors import DecafError
-from .files import write_text
+from .errors import DecafError, one_line
+from .files import DamagedError, read_json, write_text
 from .images import class_prompts
 from .recipe import HubSection, Recipe, read_recipe
 from .rounds import read_metrics
@@ -85,7 +85,7 @@ def read_record(folder: Path) -> Record:
     return Record(
         folder=folder,
         summary=_json(folder / "summary.json"),
-        rounds=_rounds(folder / "metrics.jsonl"),
+        rounds=read_metrics(folder / "metrics.jsonl"),
         adapter=_json(folder / "consensus" / "adapter_config.json"),
         recipe=read_recipe(recipe) if recipe.exists() else None,
         partition=_optional(folder / "partition.json"),
@@ -111,9 +111,9 @@ def render_card(
         return _rendered(record, hub, base_model, agent)
     except DecafError:
         raise
-    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
         raise DecafError(
-            f"{record.folder}: its files do not hold what the card needs ({type(error).__name__}: {error}); "
+            f"{record.folder}: its files do not hold what the card needs ({type(error).__name__}: {one_line(error)}); "
             "run the recipe again"
         ) from error
 
@@ -251,29 +251,18 @@ def _data_name(record: Record) -> str:
     return source if source.startswith("package:") else Path(source).name or source
 
 
-def _rounds(path: Path) -> list[dict[str, Any]]:
-    try:
-        return read_metrics(path)
-    except UnicodeDecodeError as error:
-        raise DecafError(f"{path} is damaged: {error}") from None
-
-
 def _optional(path: Path) -> dict[str, Any] | None:
     return _json(path) if path.exists() else None
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise DecafError(f"{path} lacks its keys; run the recipe again")
-        for name in NEEDED.get(path.name, ()):
-            if name not in content:
-                raise DecafError(f"{path} lacks {name}; run the recipe again")
-        return content
-    except DecafError:
-        raise
+        content = read_json(path, finite=False)  # a score may be nan, a perplexity infinite
     except OSError as error:
         raise DecafError(f"{path}: {error.strerror or error}; is this the folder of a finished run?") from None
-    except (ValueError, RecursionError) as error:
-        raise DecafError(f"{path} is damaged: {error}") from None
+    except DamagedError as error:
+        raise DecafError(f"{error}; run the recipe again") from None
+    for name in NEEDED.get(path.name, ()):
+        if name not in content:
+            raise DecafError(f"{path} lacks {name}; run the recipe again")
+    return content

@@ -5,6 +5,7 @@ stored. safetensors and JSON only: nothing that is read back can run code. The l
 checkpoint without it, or that differs from it, is skipped. All processes must see the folder of the run.
 """
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -12,9 +13,10 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Annotated, Any, TypedDict
 
 import torch
+from pydantic import BaseModel, ConfigDict, Strict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as from_bytes
 from safetensors.torch import load_file
@@ -26,7 +28,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from . import exchange
 from .errors import DecafError
 from .exchange import Processes
-from .files import named, publish_folder, write_bytes
+from .files import named, parse_json, publish_folder, read_json, write_bytes
 
 STATE_NAME = "trainer_state.json"  # where Trainer.train looks for the step to resume at
 CHECKSUMS = "checksums.json"
@@ -48,6 +50,62 @@ class Placement(TypedDict):
 
     processes: list[tuple[str, list[int]]]
     gone: list[Gone]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+
+class _Checksums(_Strict):
+    """What `checksums.json` holds."""
+
+    files: dict[str, Annotated[tuple[int, str], Strict(False)]]  # JSON has lists only
+
+
+class _Gone(_Strict):
+    process: str
+    agents: list[int]
+    round: int
+
+
+class _Placement(_Strict):
+    processes: list[Annotated[tuple[str, list[int]], Strict(False)]]
+    gone: list[_Gone]
+
+
+class _Training(_Strict):
+    """What `training.json` holds."""
+
+    base_model_digest: str
+    param_groups: list[dict[str, Any]]
+    placement: _Placement
+    progress: dict[str, float]
+    scheduler: dict[str, Any]
+
+
+class _Exported(_Strict):
+    args: dict[str, bool]
+    attributes: dict[str, Any]
+
+
+class _Callbacks(_Strict):
+    model_config = ConfigDict(extra="allow")  # those of a user are his own to read
+
+    TrainerControl: _Exported
+
+
+class _State(_Strict):
+    """What of `trainer_state.json` a Trainer goes on with."""
+
+    model_config = ConfigDict(extra="allow")
+
+    epoch: float | None
+    global_step: int
+    log_history: list[dict[str, Any]]
+    num_input_tokens_seen: int
+    total_flos: float
+    train_batch_size: int | None
+    stateful_callbacks: _Callbacks
 
 
 def agent_file(agent: int) -> str:
@@ -82,34 +140,38 @@ def damage(folder: Path) -> str | None:
     """Why a checkpoint cannot be trusted: a file that is missing, cut short or changed; None if it is complete."""
     reading = CHECKSUMS
     try:
-        files = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))["files"]
+        files = _Checksums.model_validate(read_json(folder / CHECKSUMS)).files
         for name, (size, checksum) in files.items():
             path = folder / name
-            if not path.is_file():
+            if "/" in name or not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != size:
                 return f"{name} has {path.stat().st_size} bytes of {size}"
             if _checksum(path) != checksum:
                 return f"{name} is not what was written"
         reading = TRAINING
-        training = _training(folder)
-        lacking = {"base_model_digest", "param_groups", "placement", "progress", "scheduler"} - training.keys()
+        training = read_json(folder / TRAINING, finite=False)
+        lacking = _Training.model_fields.keys() - training.keys()
         if lacking:
             return f"{TRAINING} lacks {min(lacking)}"
-        known = training["placement"]
-        blocks = [agents for _, agents in known["processes"]] + [entry["agents"] for entry in known["gone"]]
+        known = _Training.model_validate(training).placement
+        blocks = [agents for _, agents in known.processes] + [entry.agents for entry in known.gone]
         for name in (STATE_NAME, METRICS, TRAINING, *(agent_file(agent) for block in blocks for agent in block)):
             if name not in files:
                 return f"{CHECKSUMS} does not list {name}"
         reading = STATE_NAME
-        step = TrainerState.load_from_json(str(folder / STATE_NAME)).global_step
-        if not isinstance(step, int) or step < 0:
+        state = read_json(folder / STATE_NAME, finite=False)
+        if state.keys() - {field.name for field in dataclasses.fields(TrainerState)}:
+            return f"{STATE_NAME} is damaged"
+        step = state.get("global_step")
+        if type(step) is not int or not folder.name.endswith(f"-{step}") or step < 0:
             return f"{STATE_NAME} tells of step {step!r}"
+        _State.model_validate({**dataclasses.asdict(TrainerState()), **state})
     except FileNotFoundError:
         return f"{reading} is missing"
     except OSError as error:
         return f"{Path(error.filename or folder).name} cannot be read ({error.strerror})"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except ValueError:  # of pydantic too
         return f"{reading} is damaged"
     return None
 
@@ -252,6 +314,13 @@ def load_training(
 ) -> None:
     """Put the hosted agents' optimizer state and the scheduler back."""
     training = _training(folder)
+    _check_like(folder, "scheduler", scheduler.state_dict(), training["scheduler"])
+    current = optimizer.state_dict()["param_groups"]
+    if len(current) != len(training["param_groups"]):
+        raise _other_settings(folder, f"{len(training['param_groups'])} param_groups and not {len(current)}")
+    for index, (group, saved) in enumerate(zip(current, training["param_groups"], strict=True)):
+        own = {key: value for key, value in group.items() if key != "params"}
+        _check_like(folder, f"param_groups.{index}", own, saved)
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     index_of = {parameter: index for index, parameter in enumerate(order)}
     state: dict[int, dict] = {}
@@ -260,9 +329,12 @@ def load_training(
         values = {**_read(path), **{f"optimizer.{k}": v for k, v in _scalars(path).items()}}
         for full_name, value in values.items():
             if full_name.startswith("optimizer."):
-                key, name = full_name.removeprefix("optimizer.").split(".", 1)
+                key, _, name = full_name.removeprefix("optimizer.").partition(".")
+                if name not in own:
+                    raise DecafError(f"{path}: {full_name} belongs to no tensor of agent {agent}; {_ANEW}")
+                if isinstance(value, Tensor) and value.ndim == own[name].ndim and value.shape != own[name].shape:
+                    raise DecafError(f"{path}: {full_name} has another shape than its tensor; {_ANEW}")
                 state.setdefault(index_of[own[name]], {})[key] = value
-    current = optimizer.state_dict()["param_groups"]
     groups = [
         {**saved, "params": group["params"]} for saved, group in zip(training["param_groups"], current, strict=True)
     ]
@@ -275,20 +347,61 @@ def load_training(
     scheduler.load_state_dict(training["scheduler"])
 
 
+_ANEW = "remove that checkpoint and resume again, from the one before it"
+
+
+def _check_like(folder: Path, where: str, expected: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raise `DecafError` unless saved settings have the names and the kinds of values that today's have: a scheduler
+    takes over whatever it is given, its methods' names included."""
+    different = sorted(expected.keys() ^ saved.keys())
+    if different:
+        raise _other_settings(
+            folder, f"{where}: {different[0]} is {'foreign' if different[0] in saved else 'missing'}"
+        )
+    for name, value in expected.items():
+        if not _alike(value, saved[name]):
+            raise _other_settings(folder, f"{where}.{name}: {saved[name]!r:.60} is of another kind than {value!r:.60}")
+
+
+def _alike(expected: object, saved: object) -> bool:
+    """Whether a value that JSON has kept can stand for another; what JSON does not know passes through `_plain`."""
+    if isinstance(expected, Tensor):
+        expected = expected.item()
+    if isinstance(expected, bool) or expected is None or isinstance(saved, bool) or saved is None:
+        return isinstance(saved, bool | None) and isinstance(expected, bool | None)
+    if isinstance(expected, int | float):
+        return isinstance(saved, int | float)
+    if isinstance(expected, list | tuple):
+        return isinstance(saved, list) and len(saved) == len(expected) and all(map(_alike, expected, saved))
+    return isinstance(saved, type(expected))
+
+
+def _other_settings(folder: Path, what: str) -> DecafError:
+    return DecafError(f"{folder / TRAINING}: {what}; {_ANEW}")
+
+
 def _training(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / TRAINING).read_text(encoding="utf-8"))
+    return read_json(folder / TRAINING, finite=False)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise DecafError(f"cannot read checkpoint file {os.fspath(path)}: {error}") from error
+        raise DecafError(
+            f"cannot read checkpoint file {os.fspath(path)}: {error}; remove {path.parent} and resume again"
+        ) from error
 
 
 def _scalars(path: Path) -> dict:
-    with safe_open(path, framework="pt") as file:
-        return json.loads(file.metadata()["scalars"])
+    try:
+        with safe_open(path, framework="pt") as file:
+            found = parse_json((file.metadata() or {}).get("scalars", ""), finite=False)
+        if not isinstance(found, dict):
+            raise ValueError("scalars are no mapping")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise DecafError(f"{path}: its metadata is damaged ({error}); remove {path.parent} and resume again") from None
+    return found
 
 
 def _write(path: Path, content: bytes) -> dict[str, tuple[int, str]]:

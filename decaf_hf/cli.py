@@ -1,42 +1,44 @@
 """The commands. A refused input is one line on stderr and exit code 2."""
 
 import argparse
-import errno
 import importlib.metadata
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from .errors import REFUSED, DecafError
+from .ending import ended
+from .errors import DecafError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one `decaf` command; returns its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    options = _parse(arguments)
-    try:
+    chosen: list[Callable] = []
+
+    def command() -> int:
+        _check_words(arguments)
+        options = _parse(arguments)
+        chosen.append(options.command)
         return options.command(options, arguments)
-    except DecafError as error:
-        print(f"decaf: error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    except OSError as error:
-        where = f" {error.filename}" if error.filename is not None else ""
-        print(
-            f"decaf: error:{where}: {error.strerror or error}; what was complete is kept", file=sys.stderr, flush=True
-        )
-        return REFUSED if error.errno == errno.ENAMETOOLONG else 1  # no such name can have been meant
-    except KeyboardInterrupt:
+
+    def after_interrupt() -> str:
         advice = {
             _train: "; if a checkpoint was saved, go on with --resume",
             _compare: "; the same command goes on where it stopped",
         }
-        resume = advice.get(options.command, "")
-        print(f"decaf: interrupted{resume}", file=sys.stderr, flush=True)
-        return 130
-    finally:
-        exchange = sys.modules.get("decaf_hf.exchange")  # imported only to leave, torch would make --help slow
-        if exchange is not None:
-            exchange.leave()
+        return "".join(advice.get(command, "") for command in chosen)
+
+    return ended(command, after_interrupt=after_interrupt)
+
+
+def _check_words(arguments: list[str]) -> None:
+    """Refuse names that no file of ours could hold: recipes, summaries and reports are UTF-8."""
+    for word in arguments:
+        try:
+            word.encode()
+        except UnicodeEncodeError:
+            raise DecafError(f"command line: {word!r} is not UTF-8 text; rename the file or folder") from None
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -215,7 +217,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser("train", help="train a recipe", allow_abbrev=False)
     train.add_argument("recipe", help="a recipe YAML")
-    train.add_argument("overrides", nargs="*", metavar="section.key=value", help="beats the recipe")
+    train.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="beats the recipe")
     train.add_argument("--processes", type=int, help="start this many processes on this machine")
     train.add_argument(
         "--max-restarts", type=int, default=0, help="with --processes: go on by itself this often when one dies"
@@ -228,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
         "compare", help="several algorithms, each at its own best setting", allow_abbrev=False
     )
     compare.add_argument("recipe", help="a recipe YAML")
-    compare.add_argument("overrides", nargs="*", metavar="section.key=value", help="beats the recipe")
+    compare.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help="beats the recipe")
     compare.add_argument("--algorithms", required=True, help="names separated by commas")
     compare.add_argument("--seeds", default="0,1,2", help="seeds of the compared runs, separated by commas")
     compare.add_argument(

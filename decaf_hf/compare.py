@@ -18,21 +18,37 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from pydantic import BaseModel, ValidationError, field_validator
 from rich.console import Console
 
 from . import checkpoint, exchange
 from .algorithms import ALGORITHMS
 from .card import write_card
-from .comparison import WORDS, arm_scores, markdown, paired_differences, print_comparison
+from .comparison import JUDGED, WORDS, arm_scores, markdown, paired_differences, print_comparison, who_is_compared
 from .comparison_pictures import draw_comparison
 from .errors import DecafError, require_one_of
-from .files import read_mapping, write_text
+from .files import read_json, read_mapping, write_text
 from .jobs import Failure, Pool, jobs_in_memory, make_run, make_trial, most_jobs
 from .metrics import best
 from .recipe import Recipe, check_paths, read_recipe, resolved_yaml
 from .run import check_writable, held_alone
 
 FAILURE = "failure.json"  # in the folder of a run that failed: its recipe and why
+
+
+class _Summary(BaseModel):
+    """What of `summary.json` is compared."""
+
+    eval: dict[str, dict[str, float]]  # of those that are compared; "on" and "agents" are left out
+    payload_mib: float
+    seconds: dict[str, float]
+    versions: dict[str, str]
+    git_commit: str | None
+
+    @field_validator("eval", mode="before")
+    @classmethod
+    def _judged(cls, scores: Any) -> Any:
+        return {who: scores[who] for who in JUDGED if who in scores} if isinstance(scores, dict) else scores
 
 
 @dataclass(eq=False)
@@ -62,7 +78,7 @@ class _Run:
             # It may have failed after its summary was written.
             self.failed = None if retry_failed else str(before.get("reason"))
         elif self._is_here():
-            self.summary = read_mapping(self.folder / "summary.json") or None  # a damaged one is made again
+            self.summary = self._finished()  # a damaged one is made again
 
     def prepare(self) -> bool:
         """Leave in the folder only what this run can resume from; whether there is any."""
@@ -75,7 +91,7 @@ class _Run:
     def settle(self, failure: Failure | None) -> None:
         """Learn how it ended; a failure that would come again is written down."""
         if failure is None:
-            self.summary = json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+            self.summary = read_json(self.folder / "summary.json", finite=False)
             return
         self.failed, self.lasting = failure.reason, failure.lasting
         if failure.lasting:
@@ -91,6 +107,16 @@ class _Run:
     def replaces(self) -> bool:
         """Whether a finished run of another recipe is in the way."""
         return (self.folder / "summary.json").exists() and not self._is_here()
+
+    def _finished(self) -> dict[str, Any] | None:
+        """The summary of the run that is here, if it holds what is compared."""
+        summary = read_mapping(self.folder / "summary.json")
+        try:
+            judged = _Summary.model_validate(summary).eval
+        except ValidationError:
+            return None
+        metric = self.recipe.evaluation.metrics[0]
+        return summary if all(metric in judged.get(who, {}) for who in who_is_compared(metric)) else None
 
     def _is_here(self) -> bool:
         try:
@@ -364,7 +390,8 @@ def _work(arms: list[_Arm], jobs: int | None, console: Console, *, retry_failed:
                     clock.add(run.algorithm, seconds)
                 say(f"{run.folder}: {_score_words(run, arms[0].judge, arms[0].metric)}, {duration(seconds)}")
             else:
-                print(failure.trace, end="", file=sys.stderr, flush=True)
+                if failure.told:
+                    print(failure.told, file=sys.stderr, flush=True)
                 say(f"{run.folder} failed: {failure.reason}")
             left = sum(arm.to_do() for arm in arms)
             say(f"{made} of {made + left} runs{clock.left(pool)}")

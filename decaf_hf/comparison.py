@@ -38,6 +38,8 @@ def arm_scores(results: Mapping[int, dict[str, Any]]) -> dict[str, Any]:
     for who in (who for who in JUDGED if who in summaries[0]["eval"]):
         scores[who] = {}
         for metric in summaries[0]["eval"][who]:
+            if not all(metric in summary["eval"].get(who, {}) for summary in summaries):
+                continue
             values = [summary["eval"][who][metric] for summary in summaries]
             scores[who][metric] = {
                 "mean": statistics.fmean(values),

@@ -181,7 +181,7 @@ class DecentralizedConfig(TrainingArguments):
             )
         if not self.eval_do_concat_batches:
             raise DecafError("eval_do_concat_batches=False is not supported: adapters are judged on whole data sets")
-        for name, why in _REFUSED.items():
+        for name, why in UNSUPPORTED.items():
             if getattr(self, name, None):
                 raise DecafError(f"{name} is not supported: {why}")
         super().__post_init__()
@@ -221,7 +221,7 @@ _LEAST = {
     "learning_rate": 0,
     "weight_decay": 0,
 }
-_REFUSED = {
+UNSUPPORTED = {
     "fsdp": "an agent lives in one process",
     "deepspeed": "an agent lives in one process",
     "auto_find_batch_size": "every agent contributes the same number of rows",

@@ -1,5 +1,7 @@
 """Errors that a user can mend: one line saying what is wrong, the value, and what to do."""
 
+import errno
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -25,6 +27,24 @@ def about(who: str) -> Iterator[None]:
         yield
     except DecafError as error:
         raise DecafError(f"{who}: {error}") from error
+
+
+def one_line(error: object) -> str:
+    """What an error says, its lines joined."""
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether there was not enough memory, of the machine or of its GPU."""
+    torch = sys.modules.get("torch")  # without it no error is torch's
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    # torch's allocator for the CPU, and some libraries of a GPU, raise plain RuntimeErrors
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("can't allocate memory", "not enough memory", "out of memory")
+    )
 
 
 def did_you_mean(name: object, valid: Iterable[str]) -> str:

@@ -26,9 +26,9 @@ from transformers import EvalPrediction, Trainer
 from .adapters import CONSENSUS, agent_name, trainable
 from .algorithms import ALGORITHMS
 from .data import load_source
-from .errors import DecafError
+from .errors import DecafError, out_of_memory
 from .exchange import Processes
-from .files import write_text
+from .files import DamagedError, read_json, write_text
 from .labels import encode_labels
 from .metrics import lower_is_better, resampled_scores, scores
 from .partition import MAX_AGENTS_SHOWN
@@ -38,6 +38,7 @@ from .selfcheck import ArtifactError, check_loaded
 from .sites import load_sites
 from .tasks import Task, load_task
 
+FORMATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # in which adapters can be judged
 PERCENTILES = (2.5, 97.5)
 
 
@@ -162,6 +163,9 @@ def _find(folder: Path) -> tuple[Path, Path]:
     """Where the consensus adapter lies, and where the recipe and the labels do."""
     if (folder / CONSENSUS).is_dir():
         return folder / CONSENSUS, folder
+    for run in folder.resolve().parents[:2]:  # an adapter inside of a run was named
+        if (run / CONSENSUS).is_dir() and (run / "recipe.yaml").is_file():
+            raise DecafError(f"{folder} is one adapter of a run; give the run folder: {run}")
     if (folder / "adapter_config.json").exists() or (folder / "adapter_model.safetensors").exists():
         return folder, folder / "run"
     raise DecafError(
@@ -173,11 +177,13 @@ def _find(folder: Path) -> tuple[Path, Path]:
 def _label_names(path: Path) -> list[str]:
     """The run's labels in the order in which its heads number them."""
     try:
-        labels = json.loads(path.read_text(encoding="utf-8"))["labels"]
+        labels = read_json(path).get("labels")
     except FileNotFoundError:
         raise DecafError(f"no such file: {path}; it says which label a number stands for") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DecafError(f"{path} is damaged ({type(error).__name__}); get it again") from error
+    except OSError as error:
+        raise DecafError(f"{path}: cannot be read ({error.strerror}); get it again") from None
+    except DamagedError as error:
+        raise DecafError(f"{error}; get it again") from None
     if not labels or not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise DecafError(f"{path}: labels {labels!r} are not a list of names; get it again")
     return labels
@@ -203,14 +209,22 @@ def _read_adapter(name: str, folder: Path) -> dict[str, Tensor]:
         if not path.is_file():
             raise DecafError(f"no such file: {path} ({name}); the adapter is not whole, get it again")
     try:
+        read_json(config)
         PeftConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DecafError(f"{config} is damaged: {_line(error)}; get it again") from error
+    except DamagedError as error:
+        raise DecafError(f"{error}; get it again") from None
+    except Exception as error:  # whatever PEFT says of fields of other names and types
+        raise DecafError(f"{config} is damaged: {type(error).__name__}: {_line(error)}; get it again") from error
     try:
         tensors = load_file(weights)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise DecafError(f"{weights} is damaged: {_line(error)}; get it again") from error
     for tensor_name, tensor in tensors.items():
+        if tensor.dtype not in FORMATS:
+            raise DecafError(
+                f"{name}: tensor {tensor_name} in {weights} is {str(tensor.dtype).removeprefix('torch.')}; an adapter "
+                "is float32, bfloat16 or float16: save it so"
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise DecafError(f"{name}: tensor {tensor_name} in {weights} is not finite; train again or drop the agent")
     return tensors
@@ -275,7 +289,9 @@ def _load_adapters(base: nn.Module, folders: dict[str, Path], tensors: dict[str,
                     model = PeftModel.from_pretrained(base, str(folder), adapter_name=name)
                 else:
                     model.load_adapter(str(folder), adapter_name=name)
-        except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, ImportError, OSError) as error:
+            if out_of_memory(error):
+                raise
             raise DecafError(f"{folder} does not fit the recipe's model: {_line(error)}") from error
         expected = trainable(model, name)
         different = sorted(expected.keys() ^ tensors[name].keys())

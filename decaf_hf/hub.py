@@ -21,12 +21,14 @@ from huggingface_hub import (
     CommitOperationDelete,
     HfApi,
     RepoFile,
+    constants,
     set_client_factory,
     snapshot_download,
 )
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     LocalTokenNotFoundError,
     OfflineModeIsEnabled,
     RepositoryNotFoundError,
@@ -87,8 +89,14 @@ def publish_command(run: Path, hub: HubSection) -> str:
 
 def local_folder(run_or_repo: str) -> Path:
     """The run folder itself, or the download of the repository that the name stands for. Raises `DecafError`."""
-    if Path(run_or_repo).is_dir():
-        return Path(run_or_repo)
+    path = Path(run_or_repo)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise DecafError(f"{run_or_repo!r} is a file; give the run folder that it is in")
+    user, slash, _ = run_or_repo.partition("/")
+    if slash and (user in ("", ".", "..", "~") or Path(user).is_dir()):  # a path, which the Hub need not be asked for
+        raise DecafError(f"no run folder {run_or_repo!r}; give a run folder that is there, or a repository USER/NAME")
     try:
         validate_repo_id(run_or_repo)
         return Path(_patiently(f"downloading {run_or_repo}", lambda: snapshot_download(run_or_repo)))
@@ -213,6 +221,10 @@ def _patiently(what: str, work: Callable[[], T]) -> T:
             return work()
         except OfflineModeIsEnabled:
             raise
+        except LocalEntryNotFoundError as error:  # nothing in the cache, and nobody to ask
+            if constants.HF_HUB_OFFLINE:
+                raise OfflineModeIsEnabled(str(error)) from error
+            raise PublishingError(f"{what} failed: {_why(error, None)}") from error
         except LocalTokenNotFoundError:
             raise PublishingError(f"{what} failed: no access token; log in with `hf auth login`") from None
         except (HfHubHTTPError, httpx2.HTTPError, OSError, RuntimeError, json.JSONDecodeError) as error:

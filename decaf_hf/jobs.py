@@ -15,7 +15,6 @@ import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable, Hashable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -25,6 +24,7 @@ import joblib
 import psutil
 import torch
 
+from .ending import described
 from .errors import DecafError
 from .recipe import Recipe
 
@@ -39,7 +39,7 @@ class Failure(NamedTuple):
 
     reason: str  # one line
     lasting: bool  # refused or diverged: it would fail again
-    trace: str = ""  # of an error that nobody expected
+    told: str = ""  # the line about an error that nobody expected
 
 
 class Trial(NamedTuple):
@@ -210,7 +210,7 @@ def _attempt(work: Callable[..., Any], arguments: tuple) -> Any:
         return Failure(str(error), lasting=True)
     except Exception as error:  # out of memory, full disk: the other runs may still end well
         first = (str(error).splitlines() or [""])[0]
-        return Failure(f"{type(error).__name__}: {first}", lasting=False, trace=traceback.format_exc())
+        return Failure(f"{type(error).__name__}: {first}", lasting=False, told=described(error)[1] or "")
 
 
 def _serve(orders: Connection, log: str) -> None:

@@ -17,6 +17,17 @@ from torch import nn
 
 from .errors import DecafError, did_you_mean
 
+VALUES = {  # what of a field's values can be mixed, and why the others cannot
+    "bias": (
+        ("none",),
+        "trains the base's own biases, which all agents of a process share; use lora_bias: true for a bias inside the "
+        "adapter",
+    ),
+    "init_lora_weights": (
+        (True, False, "gaussian", "orthogonal"),
+        "needs data or changes the base weights; use true, gaussian or orthogonal",
+    ),
+}
 SHOWN = 5  # layers that a message lists
 ROOT = "base_model.model."  # what PEFT puts before a base model's own names
 # What PEFT adds to modules_to_save by itself (peft 0.21, PeftModelForSequenceClassification and its like).
@@ -31,16 +42,9 @@ def check_lora_config(config: PeftConfig) -> None:
     """Raise `DecafError` naming what of a PEFT configuration cannot be averaged between agents."""
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         raise DecafError(f"PEFT method {config.peft_type.value} cannot be mixed between agents; use a LoraConfig")
-    if config.bias != "none":
-        raise DecafError(
-            f"lora.bias={config.bias!r} trains the base's own biases, which all agents of a process share; "
-            "use lora_bias: true for a bias inside the adapter"
-        )
-    if config.init_lora_weights not in (True, False, "gaussian", "orthogonal"):
-        raise DecafError(
-            f"lora.init_lora_weights={config.init_lora_weights!r} needs data or changes the base weights; "
-            "use true, gaussian or orthogonal"
-        )
+    for field, (valid, why) in VALUES.items():
+        if getattr(config, field) not in valid:
+            raise DecafError(f"lora.{field}={getattr(config, field)!r} {why}")
     if not 0 <= config.lora_dropout < 1:
         raise DecafError(f"lora.lora_dropout is {config.lora_dropout}; it lies from 0 to below 1")
     for field in ("trainable_token_indices", "layer_replication", "megatron_config", "arrow_config"):

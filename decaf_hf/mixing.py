@@ -4,7 +4,6 @@
 topology has no edge. A `MixingSchedule` says which matrix a round uses.
 """
 
-import json
 import math
 import warnings
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .errors import DecafError, require_one_of
+from .files import parse_json
 from .topology import (
     CHANGING,
     TOPOLOGIES,
@@ -295,7 +295,10 @@ def _load_matrix(path: Path) -> np.ndarray:
         return matrix.astype(np.float64)
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".json":
-        return np.array(json.loads(text), dtype=np.float64)
+        matrix = np.array(parse_json(text))
+        if matrix.dtype.kind not in "fiu":
+            raise ValueError(f"its values are {matrix.dtype}")
+        return matrix.astype(np.float64)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an empty file: its shape is refused with a better message
         return np.loadtxt(text.splitlines(), delimiter="," if path.suffix == ".csv" else None, ndmin=2)

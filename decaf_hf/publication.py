@@ -18,7 +18,8 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from .card import Record, pictures, render_card
-from .errors import DecafError
+from .errors import DecafError, one_line
+from .files import DamagedError, parse_json, read_json
 from .recipe import HubSection, resolved_yaml
 
 Files = dict[str, bytes | Path]  # path in the repository -> content, or the local file that holds it
@@ -108,11 +109,11 @@ def _adapter(record: Record, inside: str, where: str, base: str) -> Files:
     """An adapter of the run as it is published below `where`."""
     folder = record.folder / inside
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError("no mapping; run the recipe again")
-    except (OSError, ValueError) as error:
-        raise DecafError(f"{folder / CONFIG}: {error}") from None
+        config = read_json(folder / CONFIG)
+    except OSError as error:
+        raise DecafError(f"{folder / CONFIG}: {error.strerror}; run the recipe again") from None
+    except DamagedError as error:
+        raise DecafError(f"{error}; run the recipe again") from None
     _check_config(folder, config, record.adapter)
     config["base_model_name_or_path"] = base
     if record.recipe is not None:
@@ -174,7 +175,10 @@ def _check(run: Path, files: Files, token: str | None) -> None:
         if name.endswith(".safetensors"):
             _check_finite(content)
             continue
-        text = read(content).decode("utf-8")
+        try:
+            text = read(content).decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DecafError(f"{run}: {name} is damaged: {one_line(error)}; run the recipe again") from None
         for kind, found in (("the local path", _LOCAL_PATH.search(text)), ("an access token", _TOKEN.search(text))):
             if found:
                 shown = found[0] if kind == "the local path" else "hf_..."
@@ -187,19 +191,22 @@ def _check(run: Path, files: Files, token: str | None) -> None:
 
 
 def _check_numbers(run: Path, name: str, text: str) -> None:
-    def refuse(number: str) -> Any:
-        raise DecafError(f"{run}: {name} holds {number}; only finite numbers are published")
-
     try:
-        json.loads(text, parse_constant=refuse)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise DecafError(f"{run}: {name} is damaged: {error}") from None
+        parse_json(text)
+    except ValueError as error:
+        if "not a finite number" in str(error):
+            raise DecafError(f"{run}: {name}: {error}; only finite numbers are published") from None
+        raise DecafError(f"{run}: {name} is damaged: {error}; run the recipe again") from None
 
 
 def _check_finite(path: Path) -> None:
     with _readable(path), safe_open(path, framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
-            if not bool(torch.isfinite(file.get_tensor(key)).all()):
+            tensor = file.get_tensor(key)
+            if tensor.dtype.itemsize == 1:  # float8, of which torch cannot tell whether it is finite
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise DecafError(f"{path}: {key} is {kind}; an adapter is float32, bfloat16 or float16: save it so")
+            if not bool(torch.isfinite(tensor).all()):
                 raise DecafError(f"{path}: {key} is not finite; such an adapter is not published")
 
 
@@ -208,7 +215,7 @@ def _readable(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise DecafError(f"{path} is damaged: {error}") from None
+        raise DecafError(f"{path} is damaged: {one_line(error)}; run the recipe again") from None
 
 
 def _without_folder(value: str | None) -> str | None:

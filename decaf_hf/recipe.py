@@ -10,7 +10,7 @@ import re
 import string
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from difflib import get_close_matches
 from enum import Enum
 from functools import partial, reduce
@@ -37,9 +37,11 @@ from pydantic import (
 from transformers import TrainingArguments
 
 from .algorithms import refused_ranks
+from .config import UNSUPPORTED
 from .errors import DecafError, did_you_mean
+from .lora_checks import VALUES
 from .presence import TIMEOUT_BOUNDS, TIMEOUT_SECONDS
-from .topology import TOPOLOGIES
+from .topology import MOST_AGENTS, TOPOLOGIES
 
 MOST_BYTES = 2**20  # of a recipe's file; PyYAML takes a second for 100 KiB
 Key = tuple[Any, ...]  # ("data", "partition", "kind"), written data.partition.kind
@@ -54,23 +56,44 @@ _CHECKPOINTS = "checkpoints are written every `checkpoint_rounds` rounds; leave 
 _LAST_ROUND = "a run ends with the adapters of its last round; leave it out"
 _HUB = "the recipe's hub section says where to publish; leave it out"
 _ONE_PROCESS = "an agent lives in one process; leave it out"
+_UNMIXED = "it cannot be mixed between agents; leave it out"
+_VARIANT = "a LoRA variant that cannot be mixed between agents; leave it out, and use plain LoRA or use_dora"
+_START = "it is of a start that needs data or changes the base weights; leave it out"
 _COMMAND = "the command decides it; leave it out"
 
 # fields of LoraConfig and TrainingArguments that a recipe cannot set, and why
 REFUSED = {
-    "lora": dict.fromkeys(
-        (
-            "task_type",
-            "peft_type",
-            "inference_mode",
-            "base_model_name_or_path",
-            "revision",
-            "auto_mapping",
-            "peft_version",
-        ),
-        _BY_THE_RUN,
-    ),
+    "lora": {
+        "task_type": _BY_THE_RUN,
+        "peft_type": _BY_THE_RUN,
+        "inference_mode": _BY_THE_RUN,
+        "base_model_name_or_path": _BY_THE_RUN,
+        "revision": _BY_THE_RUN,
+        "auto_mapping": _BY_THE_RUN,
+        "peft_version": _BY_THE_RUN,
+        "runtime_config": _BY_THE_RUN,
+        "trainable_token_indices": _UNMIXED,
+        "layer_replication": _UNMIXED,
+        "megatron_config": _UNMIXED,
+        "megatron_core": _UNMIXED,
+        "ensure_weight_tying": "it makes one tensor of the adapters of two layers, which cannot be mixed; leave it "
+        "out, and each layer that is named trains its own",
+        "use_bdlora": _VARIANT,
+        "alora_invocation_tokens": _VARIANT,
+        "arrow_config": _VARIANT,
+        "kasa_config": _VARIANT,
+        "velora_config": _VARIANT,
+        "monteclora_config": _VARIANT,
+        "use_qalora": _VARIANT,
+        "qalora_group_size": _VARIANT,
+        "loftq_config": _START,
+        "eva_config": _START,
+        "corda_config": _START,
+        "lora_ga_config": _START,
+    },
     "training": {
+        **{name: f"{name} is not supported: {why}; leave it out" for name, why in UNSUPPORTED.items()},
+        "liger_kernel_config": f"{UNSUPPORTED['use_liger_kernel']}; leave it out",
         "output_dir": "set the recipe's own output_dir instead",
         "seed": "set the recipe's own seed instead",
         "data_seed": "set the recipe's own seed instead",
@@ -81,11 +104,7 @@ REFUSED = {
         "eval_delay": _EVALUATION,
         "eval_on_start": _EVALUATION,
         "eval_do_concat_batches": "every adapter is judged on whole data sets; leave it out",
-        "batch_eval_metrics": "every adapter is judged on whole data sets; leave it out",
         "prediction_loss_only": "evaluation.metrics decides what is measured; leave it out",
-        "fp16": "its loss scaler is shared by the agents of a process; use bf16",
-        "ignore_data_skip": "a resumed run would see samples twice; leave it out",
-        "neftune_noise_alpha": "its noise is not each agent's own; leave it out",
         "train_sampling_strategy": "every agent draws from its own shuffled stream; leave it out",
         "save_strategy": _CHECKPOINTS,
         "save_steps": _CHECKPOINTS,
@@ -188,16 +207,8 @@ def _library_section(
     return create_model(name, __base__=_LibrarySection, __doc__=doc, **fields)
 
 
-# PEFT's hint spells the iterations as a placeholder, while its values are pissa_niter_16 and the like
-_INIT_NAMES = tuple(
-    name
-    for arg in typing.get_args(typing.get_type_hints(LoraConfig)["init_lora_weights"])
-    for name in typing.get_args(arg)
-    if "[" not in name
-)
-_InitLoraWeights = (
-    bool | Literal[_INIT_NAMES] | Annotated[str, Field(pattern="^pissa_niter_[0-9]+$", examples=["pissa_niter_16"])]
-)
+# the names among the values that can be mixed: the others are refused by these words, which PEFT's hints would list
+_BIAS, _INIT = (tuple(name for name in VALUES[field][0] if isinstance(name, str)) for field in VALUES)
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -206,7 +217,8 @@ LoraSection = _library_section(
     LoraConfig,
     REFUSED["lora"],
     {"r": "Rank of the adapters: one number, or a list with one per agent (decaf, flexlora and local only)."},
-    init_lora_weights=_InitLoraWeights,
+    bias=Literal[_BIAS],
+    init_lora_weights=bool | Literal[_INIT],
     r=int | list[int],
 )
 TrainingSection = _library_section("TrainingSection", TrainingArguments, REFUSED["training"])
@@ -455,7 +467,7 @@ class DataSection(_Section):
 class NetworkSection(_Section):
     """The agents and who talks to whom."""
 
-    agents: int = Field(ge=1, le=10_000, description="Number of agents.")
+    agents: int = Field(ge=1, le=MOST_AGENTS, description="Number of agents.")
     topology: Text = Field(
         "ring",
         description=f"Who talks to whom: {', '.join(TOPOLOGIES)}; or the path of a file with edges or a matrix "
@@ -585,7 +597,7 @@ class Recipe(_Section):
 
     name: str = Field(
         pattern="^[A-Za-z0-9_-][A-Za-z0-9._-]*$",
-        description="Name of the run: letters, digits, '.', '_' and '-', not '.' first.",
+        description="Name of the run: ASCII letters, digits, '.', '_' and '-', not '.' first.",
     )
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="Seed of everything but the held-out sets.")
     output_dir: Text | None = Field(
@@ -788,13 +800,16 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except OmegaConfBaseException as error:
         key = tuple(str(error.full_key).split("."))
         raise DecafError(f"{origin(key)}: {error.full_key}: {_first_line(error)}") from None
+    for key, message in _odd_values(tree):
+        raise DecafError(f"{origin(key)}: {_dotted(key)}: {message}")
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
         first, *others = _problems(error, tree)
         more = f" (and {len(others)} more)" if others else ""
         key, message, keys = first
-        raise DecafError(f"{origin(*keys)}: {key}: {message}{more}") from None
+        where = "" if message.startswith(f"{key}=") else f"{key}: "
+        raise DecafError(f"{origin(*keys)}: {where}{message}{more}") from None
     return recipe
 
 
@@ -851,6 +866,7 @@ def _load(path: str | Path) -> dict[Any, Any]:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         if root is not None and not isinstance(root, yaml.MappingNode):
             raise DecafError(f"{path}: not a recipe: a mapping with keys such as `name: my-run` is expected")
+        _refuse_null_names(path, root)
         return _plain(OmegaConf.create(text), resolve=False)
     except FileNotFoundError:
         raise DecafError(f"{path}: no such file; give the path of a recipe") from None
@@ -870,6 +886,23 @@ def _load(path: str | Path) -> dict[Any, Any]:
         raise DecafError(f"{path}: {_first_line(error)}") from None
 
 
+def _refuse_null_names(path: str | Path, root: yaml.Node | None) -> None:
+    """Raise `DecafError` with the line of a name that YAML reads as null, of which OmegaConf tells no place."""
+    todo, seen = [root], set()
+    while todo:
+        node = todo.pop()
+        if not isinstance(node, yaml.CollectionNode) or id(node) in seen:  # an alias may lead back
+            continue
+        seen.add(id(node))
+        for child in node.value:
+            if isinstance(child, tuple):
+                name, child = child
+                if name.tag == "tag:yaml.org,2002:null":
+                    line = name.start_mark.line + 1
+                    raise DecafError(f"{path}: line {line}: the name null is not text; put it in quotes")
+            todo.append(child)
+
+
 def _override(config: DictConfig, override: str) -> None:
     """Put one `key=value` into `config`."""
     if not override.partition("=")[0] or "=" not in override:
@@ -880,9 +913,9 @@ def _override(config: DictConfig, override: str) -> None:
         key, _, value = override.partition("=")
         advice = "quote the value inside the argument"
         advice += f""": "{key}='{value}'\"""" if value.isprintable() else ""
-        raise DecafError(f"command line: the value of {override!r} is not YAML; {advice}") from None
+        raise DecafError(f"command line: the value of {override!r:.120} is not YAML; {advice[:200]}") from None
     except (OmegaConfBaseException, ValueError, TypeError, IndexError) as error:
-        raise DecafError(f"command line: {override!r} cannot be set: {_first_line(error)}") from None
+        raise DecafError(f"command line: {override!r:.120} cannot be set: {_first_line(error)[:200]}") from None
 
 
 def _plain(config: DictConfig, resolve: bool) -> dict[Any, Any]:
@@ -892,6 +925,20 @@ def _plain(config: DictConfig, resolve: bool) -> dict[Any, Any]:
     if isinstance(evaluation, dict) and True in evaluation:  # YAML 1.1 reads the key `on` as true
         evaluation["on"] = evaluation.pop(True)
     return tree
+
+
+def _odd_values(tree: Any, key: Key = ()) -> Iterator[tuple[Key, str]]:
+    """What no field can take: names that YAML has read as something else, numbers beyond all use."""
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            if not isinstance(name, str) and not _is_section(_innermost(key)):  # in a section it is unknown anyway
+                yield key, f"the name {_shown(name)} is not text; put it in quotes"
+            yield from _odd_values(value, (*key, name))
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from ((key, message) for _, message in _odd_values(value, key))
+    elif isinstance(tree, int) and abs(tree) > LARGEST_SEED:
+        yield key, f"{str(tree)[:20] + '...' if abs(tree) >= 10**20 else tree} must be at most {LARGEST_SEED}"
 
 
 def _problems(error: ValidationError, tree: dict[Any, Any]) -> list[tuple[str, str, list[Key]]]:
@@ -926,12 +973,14 @@ def _wrong_value(key: Key, details: list[Any], tree: dict[Any, Any]) -> str:
         if kind == "finite_number":
             return f"{_shown(value)} is not a finite number"
         if kind == "string_pattern_mismatch":
-            return f"{_shown(value)} may hold only letters, digits, '.', '_' and '-', not '.' first"
+            return f"{_shown(value)} may hold only ASCII letters, digits, '.', '_' and '-', not '.' first"
         for bound, words in (("ge", "at least"), ("gt", "more than"), ("le", "at most")):
             if bound in context:
                 return f"{_shown(value)} must be {words} {context[bound]:.10g}"
     hint = _without_null(_hint(key))
     value = _at(tree, key)
+    if key[0] == "lora" and key[-1] in VALUES and value in _names(typing.get_type_hints(LoraConfig)[key[-1]]):
+        return f"{_dotted(key)}={value!r} {VALUES[key[-1]][1]}"
     if typing.get_origin(hint) is list and isinstance(value, list):
         hint, value = typing.get_args(hint)[0], details[0]["input"]
     if isinstance(value, bool | int | float) and _in_words(hint) == "text":
@@ -1017,6 +1066,18 @@ def _field_key(location: Key) -> Key:
             return location[:depth]
         model = field.annotation
     return location
+
+
+def _innermost(key: Key) -> Any:
+    """The type of the section or field at `key`; None for what lies deeper or is unknown."""
+    hint: Any = Recipe
+    for name in key:
+        if not _is_section(hint) or name not in hint.model_fields:
+            break
+        hint = hint.model_fields[name].annotation
+    else:
+        return hint
+    return None
 
 
 def _hint(key: Key) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jinja2
 import matplotlib
@@ -26,7 +26,7 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError, model_valid
 
 from .card import base_name
 from .errors import DecafError
-from .files import write_bytes, write_text
+from .files import DamagedError, read_json, write_bytes, write_text
 from .graph_report import draw_mixing
 from .metrics import lower_is_better
 from .recipe import Recipe, read_recipe
@@ -95,7 +95,7 @@ class _Summary(BaseModel):
     hosting: str
     eval: _Evaluation
     payload_mib: float
-    seconds: dict[str, float]
+    seconds: dict[Literal["train", "mix", "measure"], float] = Field(min_length=3)
     versions: dict[str, str]
     git_commit: str | None
     refused: dict[int, dict[int, float]] = {}  # agent -> neighbor -> exchanges
@@ -249,20 +249,18 @@ _Model = TypeVar("_Model", bound=BaseModel)
 
 def _read(path: Path, model: type[_Model]) -> _Model:
     try:
-        return model.model_validate_json(path.read_bytes())
+        return model.model_validate(read_json(path, finite=False))
     except OSError as error:
         raise DecafError(f"{path}: cannot be read ({error.strerror}); a finished run has it") from None
+    except DamagedError as error:
+        raise DecafError(f"{error}; run the recipe again") from None
     except ValidationError as error:
         raise _damaged(path, _first(error)) from None
 
 
 def _read_rounds(path: Path, count: int) -> list[_Round]:
     try:
-        lines = read_metrics(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DecafError(f"{path}: cannot be read ({error}); a finished run has it") from None
-    try:
-        rounds = TypeAdapter(list[_Round]).validate_python(lines)
+        rounds = TypeAdapter(list[_Round]).validate_python(read_metrics(path))
     except ValidationError as error:
         raise _damaged(path, f"line {error.errors()[0]['loc'][0] + 1}, {_first(error)}") from None
     if [line.round for line in rounds] != list(range(1, count + 1)):

@@ -19,7 +19,7 @@ from . import algorithms, exchange, optimizer_state, robust
 from .adapters import CONSENSUS, agent_name, as_adapter, as_tensors, experts, pair_names, scalings, trainable, write
 from .errors import DecafError
 from .exchange import Processes
-from .files import append_line, write_text
+from .files import append_line, parse_json, write_text
 from .mixing import Faults, MixingSchedule, neighbors, without_links
 from .progress import Progress
 
@@ -413,10 +413,14 @@ class RoundCallback(TrainerCallback):
 def read_metrics(path: Path) -> list[dict]:
     """The lines of `metrics.jsonl`, one per round, up to one that is none: a crash may cut the last one short."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    try:
+        content = path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise DecafError(f"{path}: cannot be read ({error.strerror}); remove it, or run the recipe again") from None
+    for text in content.split(b"\n"):
         try:
-            line = json.loads(text)
-        except (json.JSONDecodeError, RecursionError):
+            line = parse_json(text, finite=False)
+        except ValueError:
             break
         if not isinstance(line, dict):
             break

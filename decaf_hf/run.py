@@ -22,9 +22,9 @@ from . import checkpoint, exchange
 from .card import loading_snippet, read_record, write_card
 from .config import DecentralizedConfig
 from .data import is_hub_source
-from .errors import DecafError, about
+from .errors import DecafError, about, out_of_memory
 from .exchange import Processes
-from .files import LOCK, is_empty, read_mapping, write_text
+from .files import LOCK, DamagedError, is_empty, read_json, read_mapping, write_text
 from .hub import publish, publish_command
 from .launch import assign, describe_placement, launch_id, process_name
 from .metrics import scores
@@ -226,8 +226,8 @@ class _Partition(BaseModel):
 def _partition(folder: Path, sites: Sites) -> _Partition | None:
     """What a run that is resumed has written of its samples; None if that is missing or damaged."""
     try:
-        found = _Partition.model_validate_json((folder / "partition.json").read_bytes())
-    except (OSError, ValidationError):
+        found = _Partition.model_validate(read_json(folder / "partition.json"))
+    except (OSError, DamagedError, ValidationError):
         return None
     sizes = [len(row) for row in found.training_samples]
     whole = sizes == [len(found.labels)] * len(sites.table) and found.digests.keys() >= sites.digests.keys()
@@ -326,6 +326,8 @@ def _of_training() -> Iterator[None]:
     except DecafError:
         raise
     except (ValueError, ImportError, RuntimeError, TypeError, KeyError, OSError, AttributeError) as error:
+        if out_of_memory(error):
+            raise
         raise DecafError(f"training: {' '.join(str(error).split()) or type(error).__name__}") from error
 
 

@@ -30,7 +30,7 @@ from transformers.utils import logging
 
 from . import images, language
 from .data import resolve_package, tokenize
-from .errors import DecafError
+from .errors import DecafError, out_of_memory
 from .metrics import Outcomes, class_outcomes
 from .new_layers import heads, names_to_save, positions_after_padding
 from .recipe import Recipe
@@ -275,9 +275,12 @@ def _load_part(auto_class: Any, recipe: Recipe, **options: Any) -> Any:
     options |= {"revision": section.revision, "trust_remote_code": section.trust_remote_code}
     if section.gguf_file is not None and auto_class is not AutoImageProcessor:
         options["gguf_file"] = section.gguf_file
+    location = model_location(recipe)
     try:
-        return auto_class.from_pretrained(model_location(recipe), **options)
-    except (OSError, ValueError, ImportError) as error:
+        return auto_class.from_pretrained(location, **options)
+    except Exception as error:  # whatever the libraries say of files that are not theirs
+        if out_of_memory(error) or "ignore_mismatched_sizes" in str(error):
+            raise
         unfit = re.search(r"configuration class <class '[\w.]*?(\w+)'>", str(error))
         if unfit is not None:
             raise DecafError(
@@ -285,6 +288,13 @@ def _load_part(auto_class: Any, recipe: Recipe, **options: Any) -> Any:
                 f"{auto_class.__name__} for a {unfit[1]}; name a model of that task"
             ) from error
         cause = " ".join(str(error).split())[:300]
+        if not isinstance(error, OSError | ValueError | ImportError):
+            cause = f"{type(error).__name__}: {cause}"
+        if options.get("use_safetensors") and isinstance(error, OSError) and "safetensors" in cause:
+            cause = (
+                "no weights as safetensors there, and a pickle (.bin, .pt) is not read, for it could run code: "
+                f"convert it with a program that you trust to (from_pretrained, then save_pretrained); {cause}"
+            )
         raise DecafError(f"model.name_or_path: cannot load {section.name_or_path!r}: {cause}") from error
 
 
@@ -315,7 +325,8 @@ def _load_model(recipe: Recipe, head: dict[str, Any]) -> Base:
         with torch.random.fork_rng():
             torch.manual_seed(stream_seed(recipe.seed, "head"))
             auto_class = getattr(transformers, KINDS[section.task].auto_class)
-            model, info = _load_part(auto_class, recipe, output_loading_info=True, **options)
+            safe = {"use_safetensors": True} if section.gguf_file is None else {}
+            model, info = _load_part(auto_class, recipe, output_loading_info=True, **safe, **options)
         if section.gguf_file is not None and getattr(model, "hf_quantizer", None) is not None:
             model.hf_quantizer.remove_quantization_config(model)  # expanded, it is a model like any other
     except RuntimeError as error:
@@ -326,6 +337,12 @@ def _load_model(recipe: Recipe, head: dict[str, Any]) -> Base:
             f"model.name_or_path: the head of {section.name_or_path!r} is not for {len(labels)} labels "
             f"({', '.join(labels[:5])}{', ...' if len(labels) > 5 else ''}); name a base model without that head"
         ) from error
+    eighths = [name for name, tensor in model.state_dict().items() if str(tensor.dtype).startswith("torch.float8")]
+    if eighths:
+        raise DecafError(
+            f"model.name_or_path: {eighths[0]} of {section.name_or_path!r} is float8, in which nothing is computed; "
+            "name the same model in bfloat16, float16 or float32"
+        )
     _plain_outputs(model)
     missing = info["missing_keys"]
     head_names = heads(model) if head else []

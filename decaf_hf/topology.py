@@ -32,6 +32,7 @@ TOPOLOGIES = STATIC + CHANGING
 
 DEFAULT_DEGREE = {"random_regular": 3, "small_world": 4}
 DEFAULT_PROBABILITY = {"erdos_renyi": 0.3, "small_world": 0.1}
+MOST_AGENTS = 10_000  # whose mixing matrix takes 800 MB
 DRAWS = 100  # random graphs are drawn again, at most this often, until one is connected
 
 
@@ -132,7 +133,7 @@ def read_edges(path: str | Path, num_agents: int) -> nx.Graph:
         words = line.split("#")[0].replace(",", " ").split()
         if not words:
             continue
-        if len(words) != 2 or not all(word.isascii() and word.isdigit() for word in words):
+        if len(words) != 2 or not all(word.isascii() and word.isdigit() and len(word) < 10 for word in words):
             raise DecafError(
                 f"{path}, line {number}: expected two agent numbers 'i j', found {line.strip()!r} "
                 "(a mixing matrix needs network.weights: explicit)"
@@ -150,9 +151,11 @@ def read_edges(path: str | Path, num_agents: int) -> nx.Graph:
 
 
 def check_agents(num_agents: int) -> None:
-    """Raise `DecafError` unless there is at least one agent."""
+    """Raise `DecafError` unless there are as many agents as a graph can have."""
     if num_agents < 1:
         raise DecafError(f"network.agents is {num_agents}; it must be at least 1")
+    if num_agents > MOST_AGENTS:
+        raise DecafError(f"network.agents is {num_agents}; it must be at most {MOST_AGENTS}")
 
 
 def check_options(topology: str, degree: int | None, probability: float | None) -> None:

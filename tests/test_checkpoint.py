@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import re
 import shutil
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from decaf_hf import checkpoint
@@ -116,6 +118,82 @@ def test_files_that_do_not_hold_what_a_resume_needs_are_damage(cut, file, conten
     (path / "checksums.json").write_text(json.dumps(sums), encoding="utf-8")
     (path / file).write_text(content, encoding="utf-8")
     assert checkpoint.damage(path) == told
+
+
+def rewritten(path, file, change):
+    """Change a JSON file of a checkpoint, with checksums that fit."""
+    content = json.loads((path / file).read_bytes())
+    change(content)
+    text = json.dumps(content).encode()
+    (path / file).write_bytes(text)
+    sums = json.loads((path / "checksums.json").read_bytes())
+    sums["files"][file] = [len(text), hashlib.blake2b(text).hexdigest()]
+    (path / "checksums.json").write_text(json.dumps(sums), encoding="utf-8")
+
+
+STATES = {
+    "a step of another folder": lambda state: state.update(global_step=10**9),
+    "a step that is no integer": lambda state: state.update(global_step=4.0),
+    "a step that is text": lambda state: state.update(global_step="4"),
+    "true for a step": lambda state: state.update(global_step=True),
+    "an epoch that is text": lambda state: state.update(epoch="x"),
+    "a history that is none": lambda state: state.update(log_history=3),
+    "callbacks that are none": lambda state: state.update(stateful_callbacks=[1]),
+    "a control with foreign arguments": lambda state: state["stateful_callbacks"].update(TrainerControl={"x": 1}),
+    "an operation count that is text": lambda state: state.update(total_flos="many"),
+}
+TRAININGS = {
+    "agents that are text": lambda training: training["placement"].update(processes=[["a", ["0", "1", "2", "3"]]]),
+    "processes that are none": lambda training: training["placement"].update(processes=3),
+    "a scheduler that is a list": lambda training: training.update(scheduler=[]),
+    "progress that is text": lambda training: training["progress"].update(checkpoints="x"),
+    "a digest that is none": lambda training: training.update(base_model_digest=None),
+}
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        *(pytest.param("trainer_state.json", change, id=name) for name, change in STATES.items()),
+        *(pytest.param("training.json", change, id=name) for name, change in TRAININGS.items()),
+    ],
+)
+def test_fault_b7_values_of_other_kinds_are_damage(cut, file, change):
+    path = cut / "checkpoints" / "checkpoint-4"
+    rewritten(path, file, change)
+    assert (checkpoint.damage(path) or "").startswith(file)
+    assert checkpoint.newest(cut)[0] == cut / "checkpoints" / "checkpoint-2"
+
+
+SETTINGS = {
+    "scheduler: step is foreign": lambda training: training["scheduler"].update(step=3),
+    "scheduler: last_epoch is missing": lambda training: training["scheduler"].pop("last_epoch"),
+    "scheduler.last_epoch: 'x' is of another kind": lambda training: training["scheduler"].update(last_epoch="x"),
+    "scheduler.base_lrs: [1] is of another kind": lambda training: training["scheduler"].update(base_lrs=[1]),
+    "param_groups.0: params is foreign": lambda training: training["param_groups"][0].update(params=[7]),
+    "param_groups.0.lr: 'high' is of another kind": lambda training: training["param_groups"][0].update(lr="high"),
+    "0 param_groups": lambda training: training.update(param_groups=[]),
+}
+
+
+@pytest.mark.parametrize("told", SETTINGS)
+def test_fault_b7_settings_of_another_scheduler_or_optimizer_are_one_line(cut, told):
+    path = cut / "checkpoints" / "checkpoint-4"
+    rewritten(path, "training.json", SETTINGS[told])
+    with pytest.raises(DecafError, match=rf"training\.json: {re.escape(told)}.*resume again"):
+        trained(cut, resume=True)
+
+
+@pytest.mark.parametrize("scalars", [100_000 * "[", "3", None, '{"step.nobody": 3}'])
+def test_fault_b7_metadata_of_tensors_is_one_line(cut, scalars):
+    path = cut / "checkpoints" / "checkpoint-4"
+    file = path / "agent-0.safetensors"
+    save_file(load_file(file), file, metadata=None if scalars is None else {"scalars": scalars})
+    sums = json.loads((path / "checksums.json").read_bytes())
+    sums["files"][file.name] = [file.stat().st_size, hashlib.blake2b(file.read_bytes()).hexdigest()]
+    (path / "checksums.json").write_text(json.dumps(sums), encoding="utf-8")
+    with pytest.raises(DecafError, match=r"agent-0\.safetensors: .*resume again"):
+        trained(cut, resume=True)
 
 
 def test_checksums_nested_without_end_are_damage(cut):

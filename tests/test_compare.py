@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -339,11 +340,16 @@ def test_a_comparison_may_be_moved_and_tells_what_it_replaces(recipe, runs, tmp_
     assert capsys.readouterr().out.count("holds a run of another recipe, which is replaced") == 4
 
 
-def test_an_unexpected_error_is_told_with_its_trace_and_tried_again(recipe, runs, failing, tmp_path, capsys):
-    failing["dlora", 2, 0] = RuntimeError("out of memory\nand more")
+def test_an_unexpected_error_is_told_in_one_line_and_tried_again(recipe, runs, failing, tmp_path, capsys):
+    failing["dlora", 2, 0] = RuntimeError("something new\nand more")
     comparison = compared(recipe, tmp_path / "out", grid=[])
-    assert comparison["arms"][0]["failed"] == [{"seed": 0, "reason": "RuntimeError: out of memory"}]
-    assert "Traceback" in capsys.readouterr().err
+    assert comparison["arms"][0]["failed"] == [{"seed": 0, "reason": "RuntimeError: something new"}]
+    line = capsys.readouterr().err
+    assert line.startswith("decaf: error: RuntimeError: something new and more (an error of decaf_hf itself")
+    assert line.count("\n") == 1
+    kept = Path(re.search(r"its traceback is in (.*)\)", line)[1])
+    assert "Traceback" in kept.read_text(encoding="utf-8")
+    kept.unlink()
     failing.clear()
     runs.clear()
     compared(recipe, tmp_path / "out", grid=[])

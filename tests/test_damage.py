@@ -145,7 +145,7 @@ def test_tags_make_no_objects(tmp_path, tag):
 def test_a_name_stays_in_its_folder(tmp_path, name):
     path = tmp_path / "recipe.yaml"
     path.write_text(SMALLEST.replace("name: small", f"name: {json.dumps(name)}"), encoding="utf-8")
-    with pytest.raises(DecafError, match="may hold only letters"):
+    with pytest.raises(DecafError, match="may hold only ASCII letters"):
         read_recipe(path)
 
 

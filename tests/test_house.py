@@ -62,10 +62,10 @@ def importers(library: str) -> set[str]:
     [
         ("errors", set()),
         ("seeds", set()),
-        ("files", set()),
+        ("files", {"errors"}),
         ("lowrank", set()),
         ("topology", {"errors"}),
-        ("mixing", {"errors", "topology"}),
+        ("mixing", {"errors", "files", "topology"}),
         ("partition", {"errors"}),
         ("algorithms", {"lowrank"}),
         ("sampling", {"seeds"}),
