@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -572,14 +573,15 @@ def test_the_lock_lies_in_the_folder_that_it_keeps(tmp_path):
 def test_overwriting_goes_on_where_it_was_killed(folder, monkeypatch):
     """While it empties the folder, and between its first two files."""
     assert command("train", "recipe.yaml")[0] == 0
-    folders = [path for path in (folder / "run").iterdir() if path.is_dir()]
+    folders = [path.resolve() for path in (folder / "run").iterdir() if path.is_dir()]
     original = shutil.rmtree
 
     def dies(path, **kwargs):
-        folders.pop()
         original(path, **kwargs)
-        if not folders:
-            raise KeyboardInterrupt
+        if Path(path).resolve() in folders:  # and not one of the trial before the first step
+            folders.remove(Path(path).resolve())
+            if not folders:
+                raise KeyboardInterrupt
 
     monkeypatch.setattr("shutil.rmtree", dies)
     assert command("train", "recipe.yaml", "--overwrite")[0] == 130
