@@ -457,6 +457,14 @@ class DataSection(_Section):
             partition.by = self.label
         if self.text == "labels" and self.label != "labels":
             raise _ConflictError("a column named labels is taken for the classes; rename it", "text")
+        for name, of in (("test_split", self.split), ("test_source", self.source)):
+            if getattr(self, name) == of:
+                raise _ConflictError(
+                    f"{of!r} is what agents train on, and no test of what they learned; name other samples, or leave "
+                    "it out",
+                    name,
+                    name.replace("test_", ""),
+                )
         if self.test_source is not None and self.test_split is not None:
             raise _ConflictError(
                 "a split of data.source; set it or data.test_source, not both", "test_split", "test_source"

@@ -1,6 +1,7 @@
 """`DecentralizedTrainer`: a Trainer whose agents each train an adapter and mix it with their neighbors'.
 
-What is ours sits in a mixin that any Trainer can take. Private methods of the Trainer that it overrides
+What is ours sits in a mixin over a Trainer, which may have a loss of its own; parents.py says which parts of a parent
+take part and refuses the others by name. Private methods of the Trainer that it overrides
 (transformers 5.17 to 5.23): `_clip_grad_norm`, `_save_checkpoint`, `_load_from_checkpoint`,
 `_load_optimizer_and_scheduler`, `_load_rng_state`, `_load_best_model`, `_get_dataloader`; it calls `_prepare_inputs`.
 """
@@ -480,7 +481,7 @@ class DecentralizedMixin:
 
     def decaf_try_step(self) -> None:
         """Forward and backward of the first batch, without a step: what would fail in training fails here."""
-        inputs = self._prepare_inputs(next(iter(self.get_train_dataloader())))
+        inputs = next(iter(self.get_train_dataloader()))
         self.current_gradient_accumulation_steps = 1  # the Trainer sets it when it trains
         try:
             with torch.random.fork_rng():
@@ -674,6 +675,8 @@ class DecentralizedMixin:
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As `Trainer.get_eval_dataloader`, which with persistent workers keeps one loader whatever the data set."""
+        if eval_dataset is None and isinstance(self.eval_dataset, list):
+            raise DecafError("each agent has held-out data of its own; name one: get_eval_dataloader(data)")
         if eval_dataset is not self._decaf_loaded:
             vars(self).pop("_eval_dataloaders", None)
         self._decaf_loaded = eval_dataset

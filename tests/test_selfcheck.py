@@ -137,6 +137,27 @@ def test_fault_a1_a_stranger_gets_what_was_judged(tmp_path):
         torch.testing.assert_close(torch.tensor(theirs), judged, rtol=1e-4, atol=1e-5)
 
 
+def test_fault_d_a_decoders_card_reads_several_texts_at_once(tmp_path):
+    """A decoder answers at a text's last token, which it finds by the padding token that its own files do not tell."""
+    model = tiny.gpt2(torch.float32).transformer
+    model.config.pad_token_id = None
+    write_base(tmp_path, model)
+    path = write_recipe(tmp_path, lora={"target_modules": ["c_attn"], "fan_in_fan_out": True}, network={"agents": 2})
+    trainer = run.run(read_recipe(path), quiet=True)
+    inputs = {
+        "input_ids": torch.tensor([[5, 6, 7, 8], [5, 6, 0, 0]]),
+        "attention_mask": torch.tensor([[1] * 4, [1, 1, 0, 0]]),
+    }
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    lines = card.split("```python\n")[1].split("```")[0].replace("'consensus'", repr(str(tmp_path / "run/consensus")))
+    found: dict = {}
+    exec(lines, found)
+    trainer.decaf_hosting.activate("consensus")
+    with torch.no_grad():
+        judged, loaded = (model.eval()(**inputs).logits for model in (trainer.model, found["model"]))
+    torch.testing.assert_close(loaded, judged, rtol=1e-4, atol=1e-5)
+
+
 ENCODERS_DECODERS = {
     "BART": lambda: BartModel(
         BartConfig(
