@@ -56,9 +56,12 @@ def padding_token(model: PreTrainedModel) -> int | None:
     """The token by which a text classifier tells padding from text, as everyone who loads its base must set it.
 
     None for those that count positions from an index of their own: the Trainer sets the tokenizer's token in the
-    configuration, and a model that is made by it would count otherwise.
+    configuration, and a model made by it would count otherwise. None, too, where a configuration has no such key
+    and cannot be told: one with parts (Gemma 3) says it in that of the texts.
     """
-    return None if positions_after_padding(model) else model.config.get_text_config().pad_token_id
+    config = model.config
+    told = hasattr(type(config)(), "pad_token_id")  # the Trainer has set it in this one
+    return config.pad_token_id if told and not positions_after_padding(model) else None
 
 
 def _check_share(model: PreTrainedModel, missing: Collection[str], heads: Sequence[str]) -> None:

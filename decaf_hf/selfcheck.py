@@ -156,7 +156,7 @@ def _difference(
 
 def _loaded(folder: Path, task: Task, recipe: Recipe, labels: Sequence[str]) -> PeftModel:
     """An adapter as the card of its run says, by someone with another random seed."""
-    pad = padding_token(task.model) if recipe.samples == "texts" else None
+    pad = padding_token(task.model) if recipe.model.task == "text-classification" else None
     return load_adapter(load_base(recipe, labels, pad_token_id=pad, seed=ANOTHER_SEED), folder, task)
 
 

@@ -22,6 +22,7 @@ from transformers import (
     BitsAndBytesConfig,
     DataCollatorWithPadding,
     EvalPrediction,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -150,9 +151,9 @@ def check_tokens(task: Task, parts: Sequence[Dataset]) -> None:
     whose = f"the tokenizer of {tokenizer.name_or_path!r} ({len(tokenizer)} tokens in its vocabulary)"
     if not total:
         raise DecafError(f"model.name_or_path: {whose} finds no token in the training texts; is it for these texts?")
-    rows = task.model.get_input_embeddings().weight.shape[0]
+    rows = _embedded_tokens(task.model)
     largest = max(pc.max(ids).as_py() for ids in tokens)
-    if largest >= rows:
+    if rows is not None and largest >= rows:
         raise DecafError(
             f"model.name_or_path: the tokenizer numbers its tokens up to {largest} ({tokenizer.decode([largest])!r}), "
             f"but the model has embeddings for {rows}; give a model with its own tokenizer"
@@ -177,8 +178,7 @@ def _text_classification(recipe: Recipe, labels: list[str]) -> Task:
     base = _load_model(recipe, _label_options(labels))
     _check_length(recipe, base.model)
     if not positions_after_padding(base.model):  # these count from their own padding index
-        # decoders find a text's last token by it
-        base.model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        _set_padding_token(base.model.config, tokenizer)
     return Task(
         base,
         tokenizer,
@@ -409,6 +409,29 @@ def _check_length(recipe: Recipe, model: PreTrainedModel) -> None:
             f"data.max_length={recipe.data.max_length} exceeds the model's {longest} positions; set it to {longest} "
             "or less"
         )
+
+
+def _embedded_tokens(model: PreTrainedModel) -> int | None:
+    """How many tokens the model has embeddings for; None where it has no table of them (CANINE)."""
+    try:
+        return model.get_input_embeddings().weight.shape[0]
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def _set_padding_token(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tell a text classifier the tokenizer's padding token, by which decoders find a text's last token.
+
+    A configuration with parts (Gemma 3) has it in that of the texts, which nobody who loads the base can be told to
+    set; raises `DecafError` if it says otherwise there.
+    """
+    texts = config.get_text_config()
+    if texts is not config and getattr(texts, "pad_token_id", None) != tokenizer.pad_token_id:
+        raise DecafError(
+            f"model.name_or_path: text_config.pad_token_id of config.json is {getattr(texts, 'pad_token_id', None)}, "
+            f"the tokenizer's {tokenizer.pad_token_id}; make them the same"
+        )
+    texts.pad_token_id = tokenizer.pad_token_id
 
 
 @torch.no_grad()

@@ -107,6 +107,16 @@ ENCODERS = {
     "eurobert": Family(TEXT, LLAMA_LIKE),
     "nomic_bert": Family(TEXT, LLAMA_LIKE),
     "luke": Family({**TEXT, "entity_vocab_size": 4, "entity_emb_size": 8}, BERT_LIKE),
+    "canine": Family(
+        {
+            **TEXT,
+            "num_hash_buckets": 40,
+            "local_transformer_stride": 8,
+            "max_position_embeddings": 64,
+            "downsampling_rate": 2,
+        },
+        BERT_LIKE,
+    ),
     "layoutlm": Family(TEXT, BERT_LIKE),
     "reformer": Family(
         {
@@ -153,6 +163,14 @@ DECODERS = {
     "gemma": Family({**GROUPED, "head_dim": 8}, LLAMA_LIKE),
     "gemma2": Family({**GROUPED, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}, LLAMA_LIKE),
     "gemma3_text": Family({**GROUPED, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}, LLAMA_LIKE),
+    "gemma3": Family(
+        {
+            "text_config": {**GROUPED, "head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8},
+            "vision_config": IMAGE,
+            "mm_tokens_per_image": 4,
+        },
+        LLAMA_LIKE,
+    ),
     "phi": Family({**TEXT, "partial_rotary_factor": 0.5}, "q_proj, v_proj, fc1, fc2"),
     "phi3": Family({**GROUPED, "pad_token_id": 0, "original_max_position_embeddings": 32}, "qkv_proj"),
     "stablelm": Family({**GROUPED, "partial_rotary_factor": 0.5}, LLAMA_LIKE),
@@ -180,6 +198,25 @@ DECODERS = {
     "starcoder2": Family({**GROUPED, "sliding_window": None}, LLAMA_LIKE),
     "helium": Family({**GROUPED, "head_dim": 8}, LLAMA_LIKE),
     "glm": Family({**GROUPED, "pad_token_id": 0, "head_dim": 8}, LLAMA_LIKE),
+    "deepseek_v3": Family(
+        {
+            **TEXT,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "n_group": 2,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "q_lora_rank": 8,
+            "kv_lora_rank": 8,
+            "qk_rope_head_dim": 4,
+            "qk_nope_head_dim": 4,
+            "v_head_dim": 8,
+        },
+        "q_b_proj, kv_b_proj",
+    ),
+    "ctrl": Family({**NO_PAD, "n_positions": 32, "n_embd": 16, "n_layer": 2, "n_head": 2, "dff": 24}, "Wq, Wv"),
     "persimmon": Family(TEXT, "query_key_value"),
     "biogpt": Family(TEXT, LLAMA_LIKE),
 }
@@ -297,6 +334,9 @@ VISION = {
         },
         LLAMA_LIKE,
     ),
+    "swiftformer": Family(
+        {"image_size": 32, "embed_dims": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}, "to_query, to_key"
+    ),
     "poolformer": Family(
         {
             "num_encoder_blocks": 2,
@@ -334,6 +374,7 @@ DUAL = {
         {"vision_config": IMAGE, "text_config": {**TEXT, "type_vocab_size": 2}, "projection_dim": 8},
         "query, value, q_proj",
     ),
+    "blip": Family({"vision_config": IMAGE, "text_config": TEXT, "projection_dim": 8}, BERT_LIKE),
     "vit and bert": Family({}, "q_proj, query", "vision-text-dual-encoder"),
 }
 ALL = {**ENCODERS, **DECODERS, **LANGUAGE_MODELS, **ENCODER_DECODERS, **DUAL, **VISION}
@@ -354,6 +395,7 @@ FORMS = {
     "image classifier of 3 labels": ("AutoModelForImageClassification", {"num_labels": 3}),
     "image classifier of 2 labels": ("AutoModelForImageClassification", {"num_labels": 2}),
 }
+SECOND_FORM = {"xlnet": "LM", "canine": "bare"}  # of encoders that transformers has no masked language model of
 
 
 class Case(NamedTuple):
@@ -373,7 +415,7 @@ class Case(NamedTuple):
 TEXTS, LM, IMAGES = "text-classification", "causal-lm", "image-classification"
 EVERY = "all-linear"
 NO_LINEAR = "is not linear, Conv1D or embedding"
-NO_CLASS = "Unrecognized configuration class"
+NO_CLASS = "transformers has no AutoModelFor"
 NO_DECODER = "is no decoder: it sees the tokens that it is asked for"
 NO_DUAL = "is no encoder of images and texts"
 REFUSED: dict[tuple[str, str, str], str] = {  # (family, task, targets) -> words of the refusal
@@ -405,7 +447,7 @@ def cases() -> dict[str, list[Case]]:
         "encoders": [
             case(name, form, TEXTS, targets)
             for name, family in ENCODERS.items()
-            for form, targets in (("bare", family.targets), ("LM" if name == "xlnet" else "masked LM", EVERY))
+            for form, targets in (("bare", family.targets), (SECOND_FORM.get(name, "masked LM"), EVERY))
         ],
         "encoder-decoders": [
             case(name, form, TEXTS, targets)

@@ -40,7 +40,8 @@ One tiny model of random weights per family, saved in the form that the second c
 for two rounds. Then another process, which never imports decaf_hf and draws new layers under other seeds, loads the
 consensus and agent 0 by the three lines of the model card: "as judged" says that their logits on a batch are those of
 the run. Every layer that a base model lacks for its task is among the new layers, which are trained and saved whole.
-"Shared" agents train in one batch, the others take turns. What is refused is refused in one line before the training.
+"Shared" agents train in one batch, the others take turns; in close cases the processor's rounding decides. What is
+refused is refused in one line before the training.
 
 Written by `python -m tests.matrix --write docs/models.md`; `make test-slow` checks it.
 """
@@ -155,33 +156,44 @@ def _refused(case: Case, line: str, folder: Path) -> Outcome:
 
 def section(page: Path, group: str) -> list[str]:
     """The rows of a group's table on the page."""
-    text = page.read_text(encoding="utf-8").split(f"\n## {group.capitalize()}\n")[1].split("\n## ")[0]
-    return [line for line in text.splitlines() if line.startswith("| ")][1:]
+    if not page.exists():
+        return []
+    _, found, after = page.read_text(encoding="utf-8").partition(f"\n## {group.capitalize()}\n")
+    return [line for line in after.split("\n## ")[0].splitlines() if found and line.startswith("| ")][1:]
+
+
+def write_page(page: Path, rows: dict[str, list[str]]) -> None:
+    """Write the rows of some groups, and leave those of the others as they are."""
+    tables = (
+        f"\n## {group.capitalize()}\n\n{COLUMNS}" + "\n".join(rows.get(group) or section(page, group))
+        for group in cases()
+    )
+    page.write_text(INTRO + "\n".join(tables) + "\n", encoding="utf-8")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", help="only these; all of them without")
-    parser.add_argument("--group", help="only this group")
-    parser.add_argument("--write", type=Path, help="the page that is written anew")
+    parser.add_argument("--group", action="append", choices=[*cases()], help="only this group; may be repeated")
+    parser.add_argument("--write", type=Path, help="the page on which what came of whole groups is written anew")
     args = parser.parse_args()
+    if args.write and args.families:
+        parser.error("a page is written by whole groups")
     torch.set_num_threads(1)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    page = INTRO
-    for group, every in cases().items():
-        chosen = [case for case in every if not args.families or case.family in args.families]
-        if not chosen or args.group not in (None, group):
+    for group in args.group or cases():
+        chosen = [case for case in cases()[group] if not args.families or case.family in args.families]
+        if not chosen:
             continue
         with tempfile.TemporaryDirectory(prefix="decaf-families-") as folder:
             done = outcomes(chosen, Path(folder) / "cases")
-        rows = "\n".join(outcome.row for outcome in done)
-        page += f"\n## {group.capitalize()}\n\n{COLUMNS}{rows}\n"
-        print(f"\n## {group}\n\n{rows}\n")
-        print(
-            "\n".join(f"WRONG: {outcome.case.name}: {outcome.wrong}" for outcome in done if outcome.wrong), flush=True
-        )
-    if args.write:
-        args.write.write_text(page, encoding="utf-8")
+        rows = [outcome.row for outcome in done]
+        print("\n".join([f"\n## {group}\n", *rows, ""]))
+        for outcome in done:
+            if outcome.wrong:
+                print(f"WRONG: {outcome.case.name}: {outcome.wrong}", flush=True)
+        if args.write:
+            write_page(args.write, {group: rows})
 
 
 if __name__ == "__main__":

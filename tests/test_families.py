@@ -1,9 +1,12 @@
 """Each model family as a base: what its card loads, in another process and under other seeds, is what was judged."""
 
+import json
+
 import pytest
 import torch
 
 from . import families, load_alone, matrix
+from .tiny_recipe import command, write_recipe, write_texts
 
 GROUPS = families.cases()
 SHORT = [  # a pooler that is missing, heads of other names, tied output embeddings, convolutions, prompts
@@ -36,6 +39,20 @@ def test_a_wrong_adapter_is_seen(tmp_path):
     torch.save(probe, tmp_path / "case" / "probe.pt")
     found = load_alone.checked(tmp_path / "case")
     assert all("logits off by" in text for text in found.values())
+
+
+def test_a_padding_token_that_nobody_could_set_by_the_card_is_refused(tmp_path):
+    """A configuration with parts has it in that of the texts, which `from_pretrained` cannot be told to change."""
+    families.write_base(tmp_path / "model", "gemma3", "bare")
+    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    config["text_config"]["pad_token_id"] = 3
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_texts(tmp_path / "texts")
+    path = write_recipe(tmp_path, lora={"target_modules": ["q_proj"]})
+    code, _, err = command("train", path)
+    assert code == 2
+    assert "text_config.pad_token_id of config.json is 3, the tokenizer's 0" in err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
