@@ -13,8 +13,9 @@ import transformers
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from .new_layers import quiet
 from .recipe import Recipe
-from .tasks import KINDS, Task, model_location, quantization_config, quiet
+from .tasks import KINDS, Task, model_location, quantization_config
 
 MOST_LABELS = 20  # named in the lines of a card; of more only their number
 

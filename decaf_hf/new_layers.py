@@ -4,10 +4,13 @@ Layers that `from_pretrained` reports as missing are drawn at random when the mo
 with the adapter, everyone who loads it would draw others.
 """
 
-from collections.abc import Collection, Sequence
+import contextlib
+import copy
+from collections.abc import Collection, Iterator, Sequence
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import logging
 
 from .errors import DecafError
 from .lora_checks import ROOT
@@ -41,6 +44,51 @@ def names_to_save(model: PreTrainedModel, missing: Collection[str], heads: Seque
             found.append(owner)
     _check_share(model, missing, heads)
     return [_told_apart(model, name, found) for name in found]
+
+
+def check_held(model: PreTrainedModel, held: Collection[str]) -> None:
+    """Raise `DecafError` for a tensor that neither the files of a model hold nor an adapter, with what to name.
+
+    `held` are an adapter's names. Files are looked at where `from_pretrained` finds them on this machine, their names
+    only; a model made from a configuration has none.
+    """
+    lacking = sorted(key for key in _missing(model) if f"{ROOT}{key}" not in held)
+    if lacking:
+        modules = names_to_save(model, lacking, [])
+        raise DecafError(
+            f"the files of {model.name_or_path!r} hold no {lacking[0]}, so everyone who loads an adapter on it would "
+            f"draw another; add modules_to_save={modules} to the LoraConfig, or save the model whole and load that"
+        )
+
+
+def _missing(model: PreTrainedModel) -> Collection[str]:
+    """What `from_pretrained` finds missing in the files of a model; nothing where they are not to be found."""
+    if not model.name_or_path:
+        return ()
+    try:
+        with quiet():
+            _, info = type(model).from_pretrained(
+                model.name_or_path,
+                config=copy.deepcopy(model.config),
+                device_map="meta",  # names and shapes, no weights
+                output_loading_info=True,
+                local_files_only=True,
+            )
+    except Exception:  # no files, files of another kind (GGUF), or changed since: who loads them will see
+        return ()
+    return info["missing_keys"]
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Load models without transformers' reports: that a base lacks its head is what we want, not worth a warning."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def positions_after_padding(model: nn.Module) -> list[int]:

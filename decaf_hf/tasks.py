@@ -1,9 +1,8 @@
 """What a recipe's task means: the base model and its head, how samples are read, what is scored."""
 
-import contextlib
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,13 +26,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.utils import logging
 
 from . import images, language
 from .data import resolve_package, tokenize
 from .errors import DecafError, out_of_memory
 from .metrics import Outcomes, class_outcomes
-from .new_layers import heads, names_to_save, positions_after_padding
+from .new_layers import heads, names_to_save, positions_after_padding, quiet
 from .recipe import Recipe
 from .seeds import stream_seed
 
@@ -88,18 +86,6 @@ def load_task(recipe: Recipe, labels: Sequence[str]) -> Task:
     """Load the base model of a recipe for its task and labels. Raises `DecafError` for what does not fit together."""
     with quiet():
         return _TASKS[recipe.model.task](recipe, list(labels))
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Load models without transformers' reports: that a base lacks its head is what we want, not worth a warning."""
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def model_location(recipe: Recipe) -> str:

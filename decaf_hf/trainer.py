@@ -25,7 +25,7 @@ import torch
 from accelerate.utils import find_batch_size
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerState
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput, rotate_checkpoints
 from transformers.utils import ModelOutput
@@ -41,6 +41,7 @@ from .hub import publish
 from .launch import process_name, span
 from .metrics import lower_is_better
 from .mixing import Faults, MixingSchedule, complete_schedule, identity_schedule, mixing_schedule
+from .new_layers import check_held
 from .parents import accepts, check_drawing, loss_obstacle, named, parents_method, positional_names
 from .partition import partition
 from .presence import LostProcessError
@@ -120,6 +121,10 @@ class DecentralizedMixin:
         base = {f"base {name}": tensor for name, tensor in frozen(model).items()}
         self.decaf_base_digest = digest(base)
         start = {f"adapter {k}": v for k, v in trainable(model, CONSENSUS).items()}
+        plain = model.get_base_model()
+        if isinstance(plain, PreTrainedModel):
+            held = trainable(model, CONSENSUS)
+            exchange.together(self.decaf_processes, lambda: check_held(plain, held))
         if self.decaf_processes.count > 1:
             tensors = {**base, **start, "mixing matrix of round 1": self.decaf_schedule.matrix(1)}
             digests = {name: digest({name: tensor})[:16] for name, tensor in tensors.items()}

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
+    AutoModelForSequenceClassification,
     BartConfig,
     BartModel,
     BertLMHeadModel,
@@ -135,6 +136,20 @@ def test_fault_a1_a_stranger_gets_what_was_judged(tmp_path):
         judged = trainer.model.eval()(**{key: torch.tensor(value) for key, value in inputs.items()}).logits
     for theirs in json.loads(done.stdout):
         torch.testing.assert_close(torch.tensor(theirs), judged, rtol=1e-4, atol=1e-5)
+
+
+def test_fault_a1_a_trainer_of_ones_own_refuses_what_nobody_holds(tmp_path):
+    write_base(tmp_path, BertModel(tiny.bert(torch.float32).config, add_pooling_layer=False))
+
+    def trainer(**changes):
+        model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", num_labels=3)
+        return tiny.trainer(tmp_path / "run", model, tiny.lora(**changes))
+
+    with pytest.raises(
+        DecafError, match=r"hold no bert.pooler.dense.bias, .* add modules_to_save=\['bert.pooler.dense'\]"
+    ):
+        trainer()
+    assert trainer(modules_to_save=["bert.pooler.dense"]).model.active_adapters == ["consensus"]
 
 
 def test_fault_d_a_decoders_card_reads_several_texts_at_once(tmp_path):
