@@ -13,6 +13,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import TemplateError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from . import loading
 from .errors import DecafError, one_line
@@ -21,6 +22,7 @@ from .images import class_prompts
 from .recipe import HubSection, Recipe, read_recipe
 from .rounds import read_metrics
 from .tasks import KINDS, Kind, model_location
+from .topology import MOST_AGENTS
 
 AUTO_CLASSES = {  # PEFT's task type -> the class that loads the base model, for runs without a recipe
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
@@ -28,11 +30,48 @@ AUTO_CLASSES = {  # PEFT's task type -> the class that loads the base model, for
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
 }
 PICTURES = ("graph", "scores", "loss", "consensus", "partition", "cost")
+
+
+class _File(BaseModel):
+    """A file of a run folder; what a card can do without is not looked at."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _Summary(_File):
+    algorithm: str
+    agents: int = Field(ge=1, le=MOST_AGENTS)
+    rounds: int = Field(ge=0)
+    eval: dict[str, Any] | None
+    training: dict[str, Any]
+    base_model_is_local: bool
+    versions: dict[str, str]
+
+
+class _Partition(_File):
+    labels: list[str]
+    training_samples: list[list[int]]
+    held_out: Any
+    source_on_hub: bool
+
+
+class _Evaluation(_File):
+    consensus: dict[str, Any]
+    agents: list[Any]
+    samples: int
+
+
+class _Comparison(_File):
+    arms: list[dict[str, Any]]
+    metric: str
+    seeds: list[int]
+
+
 NEEDED = {  # what a card cannot do without
-    "summary.json": ("algorithm", "agents", "rounds", "eval", "training", "base_model_is_local", "versions"),
-    "partition.json": ("labels", "training_samples", "held_out", "source_on_hub"),
-    "evaluation.json": ("consensus", "agents", "samples"),
-    "comparison.json": ("arms", "metric", "seeds"),
+    "summary.json": _Summary,
+    "partition.json": _Partition,
+    "evaluation.json": _Evaluation,
+    "comparison.json": _Comparison,
 }
 
 
@@ -262,7 +301,11 @@ def _json(path: Path) -> dict[str, Any]:
         raise DecafError(f"{path}: {error.strerror or error}; is this the folder of a finished run?") from None
     except DamagedError as error:
         raise DecafError(f"{error}; run the recipe again") from None
-    for name in NEEDED.get(path.name, ()):
-        if name not in content:
-            raise DecafError(f"{path} lacks {name}; run the recipe again")
+    try:
+        NEEDED.get(path.name, _File).model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(name) for name in first["loc"])
+        why = f" lacks {where}" if first["type"] == "missing" else f": {where}: {first['msg']}"
+        raise DecafError(f"{path}{why}; run the recipe again") from None
     return content

@@ -34,7 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _check_words(arguments: list[str]) -> None:
     """Refuse names that no file of ours could hold: recipes, summaries and reports are UTF-8."""
-    for word in arguments:
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        if not word:
+            after = f" after {before}" if before.startswith("-") else ""
+            raise DecafError(f"command line: an empty word{after}; give a name, or leave it out")
         try:
             word.encode()
         except UnicodeEncodeError:
@@ -158,8 +161,11 @@ def _graph(options: argparse.Namespace, _: list[str]) -> int:
     from .mixing import mixing_schedule
     from .seeds import graph_seed
 
-    if options.gossip_steps < 1:
-        raise DecafError(f"--gossip-steps is {options.gossip_steps}; it must be at least 1")
+    for name, least, most in (("gossip_steps", 1, 1000), ("seed", 0, 2**32 - 1), ("adapter_mib", 0, 2**40)):
+        value = getattr(options, name)  # as in a recipe
+        if value is not None and not least <= value <= most:
+            bound = f"at most {most}" if value > most else f"at least {least}"
+            raise DecafError(f"--{name.replace('_', '-')} is {value}; it must be {bound}")
     schedule = mixing_schedule(
         options.topology,
         options.agents,

@@ -77,10 +77,7 @@ def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
 
     Raises `DamagedError` for whatever is no such mapping, `OSError` for what is not there or no plain file.
     """
-    if path.exists() and not path.is_file():  # a pipe or a device would never end
-        raise OSError(errno.EISDIR if path.is_dir() else errno.EINVAL, "no plain file", str(path))
-    with named(path), open(path, "rb") as file:
-        content = file.read(MOST_BYTES + 1)
+    content = read_plain(path)
     try:
         found = parse_json(content, finite=finite)
         if not isinstance(found, dict):
@@ -88,6 +85,14 @@ def read_json(path: Path, *, finite: bool = True) -> dict[str, Any]:
     except ValueError as error:
         raise DamagedError(f"{path} is damaged: {error}") from None
     return found
+
+
+def read_plain(path: Path) -> bytes:
+    """The first `MOST_BYTES + 1` bytes of a file. Raises `OSError` for what is not there or no plain file."""
+    if path.exists() and not path.is_file():  # a pipe or a device would never end
+        raise OSError(errno.EISDIR if path.is_dir() else errno.EINVAL, "no plain file", str(path))
+    with named(path), open(path, "rb") as file:
+        return file.read(MOST_BYTES + 1)
 
 
 def parse_json(content: bytes | str, *, finite: bool = True) -> Any:
@@ -129,6 +134,8 @@ def parse_json(content: bytes | str, *, finite: bool = True) -> Any:
         )
     except RecursionError:
         raise ValueError(TOO_DEEP) from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"no JSON ({error})") from None
     _check_depth(found)
     if "\\ud" in text.lower():  # half a character is written as an escape, and can be written in no other way
         try:

@@ -295,7 +295,7 @@ def _load_matrix(path: Path) -> np.ndarray:
         return matrix.astype(np.float64)
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".json":
-        matrix = np.array(parse_json(text))
+        matrix = np.array(parse_json(text, finite=False))
         if matrix.dtype.kind not in "fiu":
             raise ValueError(f"its values are {matrix.dtype}")
         return matrix.astype(np.float64)

@@ -74,7 +74,8 @@ class _Evaluation(BaseModel):
     def _gone(cls, scores: Any) -> Any:
         """Of an agent that left before, no score is known."""
         if isinstance(scores, dict) and isinstance(scores.get("agents"), list):
-            unknown = dict.fromkeys(scores.get("consensus") or (), math.nan)
+            known = scores.get("consensus")
+            unknown = dict.fromkeys(known if isinstance(known, dict) else (), math.nan)
             scores = {**scores, "agents": [unknown if own is None else own for own in scores["agents"]]}
         return scores
 
@@ -212,6 +213,8 @@ def _read_runs(folders: list[Path]) -> list[_Run]:
     for folder in folders:
         if not folder.is_dir():
             raise DecafError(f"no run folder {str(folder)!r}")
+        if not (folder / "recipe.yaml").exists():
+            raise DecafError(f"{folder} is no run folder (no recipe.yaml); give the folder of a finished run")
     recipes = [read_recipe(folder / "recipe.yaml") for folder in folders]
     names = [recipes[0].name] if len(folders) == 1 else _names(resolved)
     return [_read_run(*run) for run in zip(folders, names, recipes, strict=True)]
@@ -263,7 +266,7 @@ def _read_rounds(path: Path, count: int) -> list[_Round]:
         rounds = TypeAdapter(list[_Round]).validate_python(read_metrics(path))
     except ValidationError as error:
         raise _damaged(path, f"line {error.errors()[0]['loc'][0] + 1}, {_first(error)}") from None
-    if [line.round for line in rounds] != list(range(1, count + 1)):
+    if len(rounds) != count or [line.round for line in rounds] != list(range(1, count + 1)):
         raise _damaged(path, f"{len(rounds)} legible lines, but summary.json has {count} rounds")
     return rounds
 

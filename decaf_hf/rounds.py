@@ -19,7 +19,7 @@ from . import algorithms, exchange, optimizer_state, robust
 from .adapters import CONSENSUS, agent_name, as_adapter, as_tensors, experts, pair_names, scalings, trainable, write
 from .errors import DecafError
 from .exchange import Processes
-from .files import append_line, parse_json, write_text
+from .files import append_line, parse_json, read_plain, write_text
 from .mixing import Faults, MixingSchedule, neighbors, without_links
 from .progress import Progress
 
@@ -414,10 +414,12 @@ def read_metrics(path: Path) -> list[dict]:
     """The lines of `metrics.jsonl`, one per round, up to one that is none: a crash may cut the last one short."""
     lines = []
     try:
-        content = path.read_bytes() if path.exists() else b""
+        content = read_plain(path).decode("utf-8") if path.exists() else ""
     except OSError as error:
         raise DecafError(f"{path}: cannot be read ({error.strerror}); remove it, or run the recipe again") from None
-    for text in content.split(b"\n"):
+    except UnicodeDecodeError as error:
+        raise DecafError(f"{path} is damaged ({error}); run the recipe again") from None
+    for text in content.split("\n"):
         try:
             line = parse_json(text, finite=False)
         except ValueError:

@@ -122,7 +122,7 @@ def shell(line: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("decaf schema | head -1; echo ${PIPESTATUS[0]}", ("{\n141\n", "")),
+        ("decaf schema | true; echo ${PIPESTATUS[0]}", ("141\n", "")),
         ("decaf --help | true", ("", "")),
         ("decaf graph ring --agents 4 --output /dev/null | true", ("", "")),
         ("decaf schema > /dev/full; echo $?", ("1\n", FULL)),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from decaf_hf.files import append_line, is_empty, write_folder, write_text
+from decaf_hf.files import DamagedError, append_line, is_empty, parse_json, read_json, write_folder, write_text
 
 from .tiny_recipe import tree
 
@@ -79,3 +79,50 @@ def test_what_a_killed_writer_left_is_nothing(tmp_path):
     assert is_empty(tmp_path)
     (tmp_path / ".bashrc").write_text("mine", encoding="utf-8")
     assert not is_empty(tmp_path)
+
+
+DAMAGED = {
+    "": "no JSON",
+    "{": "no JSON",
+    "[1] 2": "no JSON",
+    100_000 * "[": "more than 50 levels",
+    "[" * 60 + "]" * 60: "more than 50 levels",
+    '{"a": ' * 60 + "1" + "}" * 60: "more than 50 levels",
+    '{"a": 1, "b": 2, "a": 3}': "'a' is there twice",
+    '{"a": NaN}': "NaN is not a finite number",
+    '{"a": [-Infinity]}': "-Infinity is not a finite number",
+    '{"a": 1e999}': "1e999 is not a finite number",
+    '{"a": ' + 400 * "9" + "}": "is too large a number",
+    '{"a": "\\ud800"}': "half a character",
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED, ids=lambda text: text[:12])
+def test_fault_b7_json_is_read_strictly(tmp_path, text):
+    path = tmp_path / "a.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(DamagedError) as error:
+        read_json(path)
+    assert str(error.value).startswith(f"{path} is damaged: ")
+    assert DAMAGED[text] in str(error.value)
+
+
+def test_fault_b7_what_is_no_mapping_no_text_or_no_plain_file(tmp_path):
+    path = tmp_path / "a.json"
+    for content, told in ((b"[]", "a mapping is expected"), (b"\xff", "not UTF-8"), (b"\xef\xbb\xbf{}", "BOM")):
+        path.write_bytes(content)
+        with pytest.raises(DamagedError, match=told):
+            read_json(path)
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(OSError, match="no plain file"):
+        read_json(path)
+    (tmp_path / "endless.json").symlink_to("/dev/zero")
+    with pytest.raises(OSError, match="no plain file"):
+        read_json(tmp_path / "endless.json")
+
+
+def test_a_score_may_be_no_number_where_that_is_meant():
+    assert str(parse_json('{"a": [NaN, Infinity, 1e999, "\\ud83d\\ude00"]}', finite=False)) == (
+        "{'a': [nan, inf, inf, '\N{GRINNING FACE}']}"
+    )
