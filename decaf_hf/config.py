@@ -220,6 +220,10 @@ _LEAST = {
     "dataloader_num_workers": 0,
     "learning_rate": 0,
     "weight_decay": 0,
+    "max_grad_norm": 0,  # a norm below would turn the gradients around
+    "warmup_steps": 0,
+    "adam_epsilon": 0,
+    "dataloader_prefetch_factor": 1,
 }
 UNSUPPORTED = {
     "fsdp": "an agent lives in one process",

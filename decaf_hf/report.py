@@ -214,7 +214,7 @@ def _read_runs(folders: list[Path]) -> list[_Run]:
         if not folder.is_dir():
             raise DecafError(f"no run folder {str(folder)!r}")
         if not (folder / "recipe.yaml").exists():
-            raise DecafError(f"{folder} is no run folder (no recipe.yaml); give the folder of a finished run")
+            raise DecafError(f"{folder / 'recipe.yaml'}: no such file; give the folder of a finished run")
     recipes = [read_recipe(folder / "recipe.yaml") for folder in folders]
     names = [recipes[0].name] if len(folders) == 1 else _names(resolved)
     return [_read_run(*run) for run in zip(folders, names, recipes, strict=True)]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from decaf_hf import DecentralizedConfig, DecentralizedTrainer, checkpoint, exchange, run
+from decaf_hf.cli import main
 from decaf_hf.errors import DecafError
 from decaf_hf.rounds import Network
 from decaf_hf.run import held_alone
@@ -369,6 +371,9 @@ def test_a_damaged_checkpoint_is_named(folder):
         (["training.dataloader_num_workers=-1"], "dataloader_num_workers must be at least 0"),
         (["training.learning_rate=-1"], "learning_rate must be at least 0"),
         (["training.weight_decay=-1"], "weight_decay must be at least 0"),
+        (["training.max_grad_norm=-1"], "max_grad_norm must be at least 0"),
+        (["training.warmup_steps=-1"], "warmup_steps must be at least 0"),
+        (["training.adam_epsilon=-1"], "adam_epsilon must be at least 0"),
         (["training.label_smoothing_factor=2"], "label_smoothing_factor is 2"),
         (["training.lr_scheduler_type=polynomial", "training.lr_scheduler_kwargs={lr_end: 1}"], "training: lr_end (1"),
         (["training.lr_scheduler_type=warmup_stable_decay"], "training: "),
@@ -614,3 +619,67 @@ def test_a_trainer_without_an_adapter(tmp_path):
     with pytest.raises(DecafError, match="peft_config is missing"):
         DecentralizedTrainer(model=tiny.bert(), args=args, train_dataset=tiny.texts(9, seed=0))
     assert not (tmp_path / "run").exists()
+
+
+def test_fault_d_a_folder_that_is_not_there_is_told_once(folder):
+    code, _, err = command("train", "recipe.yaml", "model.name_or_path=./nothere")
+    assert one_line(code, err, "no folder './nothere'").count("nothere") == 1
+
+
+def test_fault_b7_a_base_that_is_a_pickle_is_never_unpickled(folder):
+    path = folder / "model" / "model.safetensors"
+    torch.save(load_file(path), folder / "model" / "pytorch_model.bin")
+    path.unlink()
+    refused(folder, named=("model.name_or_path", "a pickle (.bin, .pt) is not read", "convert it", "safetensors"))
+
+
+def test_fault_b7_a_base_in_eighths_is_one_line(folder):
+    path = folder / "model" / "model.safetensors"
+    tensors = {key: tensor.to(torch.float8_e4m3fn) for key, tensor in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((folder / "model" / "config.json").read_text(encoding="utf-8"))
+    (folder / "model" / "config.json").write_text(json.dumps({**config, "dtype": "float8_e4m3fn"}), encoding="utf-8")
+    refused(folder, named=("model.name_or_path", "float8", "bfloat16"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", [100_000 * "[", "[]", "", "\x00", '{"hidden_size": "x"}'])
+def test_fault_b7_a_base_with_damaged_files_is_one_line(folder, name, content):
+    (folder / "model" / name).write_text(content, encoding="utf-8")
+    before = tree(folder)
+    code, _, err = command("train", "recipe.yaml", "algorithm.rounds=1", "algorithm.local_steps=1")
+    if code != 0:  # a tokenizer needs no configuration
+        one_line(code, err)
+        assert tree(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["report", ""], "an empty word"),
+        (["train", "recipe.yaml", "--processes", "2", ""], "an empty word"),
+        (["evaluate", "recipe.yaml"], "is a file; give the run folder that it is in"),
+        (["evaluate", "./nothere"], "no run folder './nothere'"),
+        (["evaluate", "model/nothere"], "no run folder 'model/nothere'"),
+        (["evaluate", "user/nothere"], "HF_HUB_OFFLINE is set"),
+        (["report", "texts"], "texts/recipe.yaml: no such file; give the folder of a finished run"),
+        (["graph", "ring", "--agents", "1000000"], "network.agents is 1000000; it must be at most 10000"),
+        (["graph", "ring", "--agents", "5", "--adapter-mib", "nan"], "--adapter-mib is nan"),
+        (["graph", "ring", "--agents", "5", "--seed", "-1"], "--seed is -1; it must be at least 0"),
+        (["graph", "ring", "--agents", "5", "--gossip-steps", "1001"], "it must be at most 1000"),
+    ],
+)
+def test_fault_d_words_that_cannot_be_meant_are_one_line_at_once(folder, words, told):
+    before, start = tree(folder), time.monotonic()
+    code, _, err = command(*words)
+    one_line(code, err, told)
+    assert time.monotonic() - start < 10  # the Hub is not asked again and again
+    assert tree(folder) == before
+
+
+def test_fault_d_what_train_needs(capsys):
+    with pytest.raises(SystemExit):
+        main(["train"])
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "decaf train: error: the following arguments are required: recipe"
+    )

@@ -429,7 +429,7 @@ def test_what_changes_no_learning_is_no_setting(recipe, runs, tmp_path, axis):
     assert "settings are compared by what they learn" in err
 
 
-@pytest.mark.parametrize("content", ["", "{", "null", "[]"])
+@pytest.mark.parametrize("content", ["", "{", "null", "[]", '{"eval": {}}', '{"payload_mib": 1}', 100_000 * "["])
 def test_a_damaged_summary_is_made_again_and_a_damaged_failure_forgotten(recipe, runs, tmp_path, content):
     usual = {"algorithms": ["decaf"], "seeds": [0, 1]}
     first = compared(recipe, tmp_path / "out", **usual)

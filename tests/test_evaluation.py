@@ -314,6 +314,78 @@ def test_what_is_no_run_is_refused(run, tmp_path):
         evaluate_adapters(run)
 
 
+@pytest.mark.parametrize("inside", ["consensus", "agents/0", "agents/2/", "agents"])
+def test_fault_d_an_adapter_inside_a_run_is_no_run(run, inside):
+    with pytest.raises(DecafError, match=rf"give the run folder: {re.escape(str(run))}$"):
+        evaluate_adapters(run / inside)
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.complex64])
+def test_fault_b7_an_adapter_in_another_number_format_is_one_line(run, kind):
+    path = run / "consensus" / "adapter_model.safetensors"
+    save_file({name: tensor.to(kind) for name, tensor in load_file(path).items()}, path)
+    with pytest.raises(DecafError, match="an adapter is float32, bfloat16 or float16"):
+        evaluate_adapters(run)
+
+
+HEADER = 100_000 * b"["
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("partition.json", HEADER),
+        ("partition.json", b'{"labels": ["art", "bio", "law"], "labels": ["law", "bio", "art"]}'),
+        ("consensus/adapter_config.json", HEADER),
+        ("consensus/adapter_config.json", b'{"peft_type": "LORA", "r": NaN}'),
+        ("consensus/adapter_config.json", b'{"peft_type": "LORA", "r": "x", "target_modules": 3}'),
+        ("consensus/adapter_config.json", b'{"peft_type": ["LORA"]}'),
+        ("consensus/adapter_model.safetensors", len(HEADER).to_bytes(8, "little") + HEADER),
+        ("consensus/adapter_model.safetensors", (2**62).to_bytes(8, "little") + b"{}"),
+        ("consensus/adapter_model.safetensors", (2).to_bytes(8, "little") + b"{}"),
+        ("agents/1/adapter_model.safetensors", b""),
+    ],
+)
+def test_fault_b7_files_of_others_are_one_line(run, name, content):
+    (run / name).write_bytes(content)
+    with pytest.raises(DecafError) as error:
+        evaluate_adapters(run)
+    assert "\n" not in str(error.value)
+    assert str((run / name).parent) in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["partition.json", "consensus/adapter_config.json", "summary.json"])
+def test_fault_b7_a_folder_in_place_of_a_file_is_one_line(run, name):
+    (run / name).unlink()
+    (run / name).mkdir()
+    for words in (["evaluate", run], ["report", run], ["publish", run, "--repo-id", "a/b"]):
+        code, _, err = command(*words)
+        if (words[0], name) in (("evaluate", "summary.json"), ("report", "consensus/adapter_config.json")):
+            continue
+        assert (code, err.count("\n")) == (2, 1), (words, err)
+
+
+SUMMARIES = {
+    "no seconds of training": lambda summary: summary["seconds"].pop("train"),
+    "agents that are text": lambda summary: summary.update(agents="three"),
+    "agents beyond all use": lambda summary: summary.update(agents=10**18),
+    "rounds beyond all use": lambda summary: summary.update(rounds=10**18),
+    "scores of nobody": lambda summary: summary["eval"].update(consensus=3),
+    "versions that are a list": lambda summary: summary.update(versions=[]),
+}
+
+
+@pytest.mark.parametrize("change", SUMMARIES)
+def test_fault_b7_a_summary_with_other_values_is_one_line(run, change):
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    SUMMARIES[change](summary)
+    (run / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    code, _, err = command("report", run)
+    assert (code, err.count("\n")) == (2, 1), err
+    code, _, err = command("publish", run, "--repo-id", "a/b", "--base-model-id", "a/c")
+    assert (code, err.count("\n")) == (2, 1), err
+
+
 def test_the_number_of_agents_must_be_the_recipe_s(run):
     for number, message in ((2, "has 2 agents"), (4, r"agents/3/adapter_config\.json")):
         recipe = read_recipe(run / "recipe.yaml", [f"network.agents={number}"])
