@@ -40,6 +40,7 @@ from .tasks import Task, load_task
 
 FORMATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # in which adapters can be judged
 PERCENTILES = (2.5, 97.5)
+WEIGHTS = "adapter_model.safetensors"
 
 
 class _Score(NamedTuple):
@@ -204,7 +205,7 @@ def _for_judging(recipe: Recipe, labels: list[str], folder: Path) -> Recipe:
 
 def _read_adapter(name: str, folder: Path) -> dict[str, Tensor]:
     """The tensors of a saved adapter. Raises `DecafError` naming the file, and the tensor that is not finite."""
-    config, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    config, weights = folder / "adapter_config.json", folder / WEIGHTS
     for path in (config, weights):
         if not path.is_file():
             raise DecafError(f"no such file: {path} ({name}); the adapter is not whole, get it again")
@@ -292,12 +293,14 @@ def _load_adapters(base: nn.Module, folders: dict[str, Path], tensors: dict[str,
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError, ImportError, OSError) as error:
             if out_of_memory(error):
                 raise
+            if isinstance(error, KeyError):  # PEFT's own word for a tensor of modules_to_save that is not there
+                raise DecafError(f"{folder / WEIGHTS} lacks {error.args[0]}; get it again") from error
             raise DecafError(f"{folder} does not fit the recipe's model: {_line(error)}") from error
         expected = trainable(model, name)
         different = sorted(expected.keys() ^ tensors[name].keys())
         if different:
             state = "lacks" if different[0] in expected else "has an unknown tensor"
-            raise DecafError(f"{folder / 'adapter_model.safetensors'} {state} {different[0]}; get it again")
+            raise DecafError(f"{folder / WEIGHTS} {state} {different[0]}; get it again")
     return model
 
 

@@ -276,6 +276,8 @@ def _load_part(auto_class: Any, recipe: Recipe, **options: Any) -> Any:
         cause = " ".join(str(error).split())[:300]
         if not isinstance(error, OSError | ValueError | ImportError):
             cause = f"{type(error).__name__}: {cause}"
+        if "Float8" in cause:
+            cause = "its numbers are float8, in which nothing is computed; set model.dtype to bfloat16 or float32"
         if options.get("use_safetensors") and isinstance(error, OSError) and "safetensors" in cause:
             cause = (
                 "no weights as safetensors there, and a pickle (.bin, .pt) is not read, for it could run code: "

@@ -11,11 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import load_file
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from decaf_hf import exchange, launch, sites
+from decaf_hf.cli import main
 from decaf_hf.recipe import read_recipe
 from decaf_hf.rounds import read_metrics
 
@@ -316,6 +318,41 @@ def test_graph_without_output_is_named_after_the_topology(tmp_path, monkeypatch)
 def test_a_name_that_no_file_can_have_is_refused(words):
     code, _, err = command(*words, 5000 * "x")
     assert (code, err.count("\n")) == (2, 1)
+
+
+@pytest.mark.parametrize("name", ["./nothere", "../nothere", "/nothere/run", "tests/nothere", "~/nothere", "a/b"])
+def test_fault_d_a_run_that_is_not_there_is_named_once_and_at_once(name, monkeypatch):
+    """Without a Hub nobody waits for it, and a path is never asked of it."""
+
+    def asked(*_, **__):
+        assert name == "a/b", "the Hub was asked for a path"
+        raise OfflineModeIsEnabled("offline")
+
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    monkeypatch.setattr("decaf_hf.hub.snapshot_download", asked)
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail(f"waits {seconds} s"))
+    code, _, err = command("evaluate", name)
+    assert (code, err.count("\n"), err.count(name)) == (2, 1, 1), err
+    assert err.startswith(f"decaf: error: no run folder {name!r}")
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        ("train", "recipe"),
+        ("compare", "recipe, --algorithms, --output"),
+        ("graph", "topology, --agents"),
+        ("evaluate", "RUN_OR_REPO"),
+        ("report", "RUN"),
+        ("publish", "run"),
+    ],
+)
+def test_fault_d_only_what_is_required_is_called_so(words, named, capsys):
+    with pytest.raises(SystemExit) as left:
+        main([words])
+    assert left.value.code == 2
+    err = capsys.readouterr().err
+    assert err.endswith(f"decaf {words}: error: the following arguments are required: {named}\n"), err
 
 
 def test_schema(tmp_path, monkeypatch):

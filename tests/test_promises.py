@@ -70,7 +70,7 @@ def in_order(data, agent, samples):
         pytest.param({"optim": "adamw_torch", "learning_rate": 0.01, "lr_scheduler_type": "cosine"}, id="adamw"),
         pytest.param({"gradient_accumulation_steps": 2}, id="accumulation"),
         pytest.param({"label_smoothing_factor": 0.2}, id="label-smoothing"),
-        pytest.param({"max_grad_norm": 0.01}, id="clipped"),
+        pytest.param({"max_grad_norm": 0.01}, id="clipped-fault_a13"),
     ],
 )
 def test_3a_an_agent_without_neighbors_is_a_stock_trainer_bit_for_bit(tmp_path, changes):
@@ -85,6 +85,22 @@ def test_3a_an_agent_without_neighbors_is_a_stock_trainer_bit_for_bit(tmp_path, 
     expected = stock(tmp_path, in_order(data, 0, samples), start, tiny.bert(torch.float32, dropout=0.0), **changes)
     tiny.assert_same(tiny.adapters(trainer), {0: expected})
     assert not torch.equal(expected["base_model.model.classifier.weight"], start["base_model.model.classifier.weight"])
+
+
+def test_fault_a13_an_agents_norm_adds_up_in_the_order_of_the_parameters(tmp_path, monkeypatch):
+    """Which processors show another order in the last bit is their own affair."""
+    trainer = tiny.trainer(tmp_path, num_agents=2, max_steps=2, max_grad_norm=0.01)
+    orders, clip = [], torch.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda own, *rest: orders.append([*own]) or clip(own, *rest)
+    )
+    trainer.train()
+    whole = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    assert len(orders) == 4
+    for index, order in enumerate(orders):
+        own = {id(tensor) for tensor in trainer.decaf_network.parameters[index % 2].values()}
+        assert [id(p) for p in order] == [id(parameter) for parameter in whole if id(parameter) in own]
+        assert order != []
 
 
 def test_3a_mixing_without_neighbors_leaves_every_bit(tmp_path):

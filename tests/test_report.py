@@ -385,6 +385,11 @@ def test_equal_scores_do_not_look_different():
         ("summary.json", lambda text: text.replace('"edges"', '"edge"'), "edges: Field required"),
         ("summary.json", lambda text: text.replace('"edges": [[0', '"edges": [[7'), "none of 0 to 3"),
         ("summary.json", lambda text: text.replace('"consensus": {"loss"', '"consensus": {"lost"'), "metrics"),
+        pytest.param(
+            "summary.json", lambda text: text.replace('"train": ', '"trained": '), "seconds", id="fault_b7-seconds"
+        ),
+        pytest.param("summary.json", lambda text: 100_000 * "[", "levels in one another", id="fault_b7-summary"),
+        pytest.param("partition.json", lambda text: 100_000 * "[", "levels in one another", id="fault_b7-partition"),
         ("metrics.jsonl", lambda text: text[:-9], "4 legible lines, but summary.json has 5 rounds"),
         ("metrics.jsonl", lambda text: text.replace('"interference"', '"inter"', 1), "line 1, interference"),
         ("metrics.jsonl", lambda text: "\udcff" + text, "decode"),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
@@ -27,6 +29,7 @@ from transformers import (
     T5Config,
     T5Model,
     XLNetConfig,
+    XLNetForSequenceClassification,
     XLNetModel,
 )
 
@@ -88,6 +91,7 @@ def saved_names(folder: Path) -> set[str]:
         return set(file.keys())
 
 
+XLNET = {"vocab_size": tiny.VOCABULARY, "d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 24}
 BARE = {
     "BERT without a pooler": (
         lambda: BertModel(tiny.bert(torch.float32).config, add_pooling_layer=False),
@@ -104,7 +108,7 @@ BARE = {
         {"pooler.dense.weight", "classifier.weight"},
     ),
     "XLNet": (
-        lambda: XLNetModel(XLNetConfig(vocab_size=tiny.VOCABULARY, d_model=16, n_layer=2, n_head=2, d_inner=24)),
+        lambda: XLNetModel(XLNetConfig(**XLNET)),
         ["layer_1"],
         {"sequence_summary.summary.weight", "logits_proj.weight"},
     ),
@@ -120,6 +124,16 @@ def test_fault_a1_a2_c7_what_the_base_lacks_is_trained_and_saved(tmp_path, name)
     assert {f"base_model.model.{key}" for key in new} <= saved_names(tmp_path)
     code, _, err = command("evaluate", tmp_path / "run")
     assert (code, err) == (0, "")
+
+
+def test_fault_a2_a_head_that_the_base_brings_is_trained_and_saved_whatever_it_is_called(tmp_path):
+    torch.manual_seed(0)
+    model = XLNetForSequenceClassification(XLNetConfig(**XLNET, num_labels=tiny.LABELS))
+    write_base(tmp_path, model)
+    trained(tmp_path, ["layer_1"])
+    with safe_open(tmp_path / "run" / "consensus" / "adapter_model.safetensors", "pt") as file:
+        head = file.get_tensor("base_model.model.logits_proj.weight")
+    assert not torch.equal(head, model.logits_proj.weight)
 
 
 def test_fault_a1_a_stranger_gets_what_was_judged(tmp_path):
@@ -322,6 +336,38 @@ def test_fault_b5_a_tokenizer_without_padding_and_end(tmp_path):
     assert "has neither a padding token nor an end token" in refusal(write_recipe(tmp_path))
 
 
+def test_fault_b7_a_base_that_is_a_pickle_is_refused_and_not_read(tmp_path):
+    write_base(tmp_path, tiny.bert().bert)
+    (tmp_path / "model" / "model.safetensors").unlink()
+    (tmp_path / "model" / "pytorch_model.bin").write_bytes(pickle.dumps(Opened(tmp_path / "opened")))
+    assert "a pickle (.bin, .pt) is not read, for it could run code: convert it" in refusal(write_recipe(tmp_path))
+    assert not (tmp_path / "opened").exists()
+
+
+class Opened:
+    """Leaves a trace if it is read from a pickle."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_fault_b7_a_base_in_eight_bits_is_refused_or_read_in_more(tmp_path):
+    write_base(tmp_path, tiny.bert().bert)
+    path = write_recipe(tmp_path, network={"agents": 2})
+    weights, config = (tmp_path / "model" / name for name in ("model.safetensors", "config.json"))
+    eighths = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(weights).items()}
+    save_file(eighths, weights, metadata={"format": "pt"})
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float8_e4m3fn"}))
+    told = "its numbers are float8, in which nothing is computed; set model.dtype to bfloat16 or float32"
+    assert told in refusal(path)
+    model = tasks.load_task(read_recipe(path, ["model.dtype=float32"]), ["art", "bio"]).model
+    for name, tensor in eighths.items():
+        assert torch.equal(model.bert.state_dict()[name], tensor.float()), name
+
+
 def test_the_head_of_the_base_is_told_and_may_not_be_in_another_order(tmp_path):
     config = tiny.bert(torch.float32).config
     config.id2label = {0: "law", 1: "bio", 2: "art"}
@@ -367,11 +413,11 @@ def leaking(tmp_path, monkeypatch):
     return write_recipe(tmp_path, network={"agents": 2})
 
 
-def test_what_would_not_load_is_refused_before_the_first_step(leaking):
+def test_fault_a1_what_would_not_load_is_refused_before_the_first_step(leaking):
     assert "first in layer bert.pooler.dense; name the layer" in refusal(leaking)
 
 
-def test_what_does_not_load_as_it_was_judged_is_exit_code_1(leaking, monkeypatch):
+def test_fault_a1_what_does_not_load_as_it_was_judged_is_exit_code_1(leaking, monkeypatch):
     monkeypatch.setattr(run, "rehearse", lambda *_: None)
     code, _, err = command("train", leaking)
     assert code == 1
@@ -381,7 +427,7 @@ def test_what_does_not_load_as_it_was_judged_is_exit_code_1(leaking, monkeypatch
     assert (code, err) == (0, "")
 
 
-def test_evaluate_does_not_hide_that_layers_were_not_saved(leaking, monkeypatch):
+def test_fault_a1_evaluate_does_not_hide_that_layers_were_not_saved(leaking, monkeypatch):
     code, _, err = command("train", leaking, "evaluation.verify_saved=false")
     assert (code, err) == (0, "")
     folder = leaking.parent / "run"
@@ -390,10 +436,11 @@ def test_evaluate_does_not_hide_that_layers_were_not_saved(leaking, monkeypatch)
     assert code == 1
     assert "holds no bert.pooler.dense.bias, and neither do the base model's files" in err
     # The names alone might agree, as where something is drawn that is no parameter: the answers are compared too.
-    load = evaluation.load_task
+    load, seeds = evaluation.load_task, []
 
     def with_none_missing(*given):
         task = load(*given)
+        seeds.append(given[0].seed)
         return dataclasses.replace(task, base=task.base._replace(missing=[]))
 
     monkeypatch.setattr(evaluation, "load_task", with_none_missing)
@@ -402,6 +449,7 @@ def test_evaluate_does_not_hide_that_layers_were_not_saved(leaking, monkeypatch)
     code, _, err = command("evaluate", folder)
     assert code == 1
     assert "is another adapter each time it is loaded: its logits are off by" in err
+    assert read_recipe(path).seed not in seeds
     path.write_text(path.read_text().replace("verify_saved: true", "verify_saved: false"))
     assert tree(folder) == before
 
@@ -421,7 +469,7 @@ def test_the_trial_changes_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["training_step", "evaluation_loop"])
-def test_what_fails_in_training_or_judging_fails_first_in_one_line(tmp_path, monkeypatch, what):
+def test_fault_b1_what_fails_in_training_or_judging_fails_first_in_one_line(tmp_path, monkeypatch, what):
     def fail(*_, **__):
         raise IndexError("index out of range\nin self")
 
