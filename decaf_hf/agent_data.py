@@ -98,7 +98,8 @@ def concatenate(parts: list[Any]) -> Any:
     """One data set of several, in their order."""
     if not parts:
         return None
-    if all(isinstance(part, datasets.Dataset) for part in parts):
+    # joined by datasets, rows would come without the transforms that the parts have set
+    if all(isinstance(part, datasets.Dataset) and part.format["type"] != "custom" for part in parts):
         alike = all(part.column_names == parts[0].column_names for part in parts)
         try:
             return datasets.concatenate_datasets(parts) if alike else ConcatDataset(parts)

@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one `decaf` command; returns its exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     chosen: list[Callable] = []
+    os.environ["MPLBACKEND"] = "agg"  # pictures go into files, whatever the environment would show them on
 
     def command() -> int:
         _check_words(arguments)

@@ -7,7 +7,7 @@ run, so that on the run's own data the scores are those of its summary.json.
 import json
 import secrets
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +23,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import EvalPrediction, Trainer
 
-from .adapters import CONSENSUS, agent_name, trainable
+from .adapters import CONSENSUS, agent_name, digest, frozen, trainable
 from .algorithms import ALGORITHMS
 from .data import load_source
 from .errors import DecafError, out_of_memory
 from .exchange import Processes
-from .files import DamagedError, read_json, write_text
+from .files import DamagedError, read_json, read_mapping, write_text
 from .labels import encode_labels
 from .metrics import lower_is_better, resampled_scores, scores
 from .partition import MAX_AGENTS_SHOWN
@@ -64,6 +64,7 @@ def evaluate_adapters(
     if data is not None and "{agent}" in data:
         raise DecafError(f"data {data!r} has {{agent}}; name one source, on which every adapter is judged")
     consensus, records = _find(folder)
+    as_the_run = recipe is None
     if recipe is None:
         recipe = read_recipe(records / "recipe.yaml")
         if recipe.model.trust_remote_code:  # the adapters may be a stranger's
@@ -80,9 +81,11 @@ def evaluate_adapters(
     folders = {CONSENSUS: consensus}
     folders.update({agent_name(agent): folder / "agents" / str(agent) for agent in range(count)})
     tensors = {name: _read_adapter(name, place) for name, place in folders.items()}
-    parts = _held_out(recipe) if data is None else _all_rows(recipe, data, labels)
+    known = _digests(records) if as_the_run else {}
+    parts = _held_out(recipe, known) if data is None else _all_rows(recipe, data, labels)
 
     model, trainer, task = _trainer(recipe, labels, folders, tensors)
+    _check_digest(known, "base model", digest({f"base {name}": tensor for name, tensor in frozen(model).items()}))
 
     def judge(name: str, part: datasets.Dataset, generator: np.random.Generator) -> dict[str, _Score]:
         model.set_adapter(name)
@@ -231,9 +234,29 @@ def _read_adapter(name: str, folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _held_out(recipe: Recipe) -> datasets.Dataset | list[datasets.Dataset]:
+def _digests(records: Path) -> dict[str, str]:
+    """What the run wrote of its base model and of its samples, as far as it lies there."""
+    partition, summary = (read_mapping(records / name) for name in ("partition.json", "summary.json"))
+    digests = partition.get("digests")
+    known = {**digests} if isinstance(digests, dict) else {}
+    return known | {"base model": summary.get("base_model_digest")}
+
+
+def _check_digest(known: Mapping[str, Any], what: str, found: str) -> None:
+    """Raise `DecafError` if something is not what the run had."""
+    if known.get(what) is not None and known[what] != found:
+        raise DecafError(
+            f"{what}: not what the run was trained and judged with, so its scores would be others; bring back "
+            "what it had, or judge what is there now with a recipe of your own (--recipe), or other samples (--data)"
+        )
+
+
+def _held_out(recipe: Recipe, known: Mapping[str, Any]) -> datasets.Dataset | list[datasets.Dataset]:
     """What the run was judged on: one data set for all, or a list with each agent's own."""
-    held_out = load_sites(recipe, Processes()).held_out[recipe.evaluation.split]
+    sites = load_sites(recipe, Processes())
+    for name, found in sites.digests.items():
+        _check_digest(known, name, found)
+    held_out = sites.held_out[recipe.evaluation.split]
     if isinstance(held_out, list) and ALGORITHMS[recipe.algorithm.name].pooled:
         return [datasets.concatenate_datasets(held_out)]
     return held_out

@@ -128,7 +128,7 @@ def strings(dataset: Dataset, column: str, key: str) -> list[str]:
     require_columns(dataset.column_names, {column: key})
     feature = dataset.features[column]
     values = dataset[column][:]
-    if not isinstance(feature, ClassLabel | Value) or getattr(feature, "dtype", "") in ("binary", "large_binary"):
+    if not isinstance(feature, ClassLabel | Value) or "binary" in getattr(feature, "dtype", ""):
         raise DecafError(
             f"column {column!r} holds {in_words(feature)}, not one {_thing(key)} per row; name another as {key}"
         )

@@ -84,6 +84,8 @@ class DecentralizedMixin:
         model, args = given.get("model"), given.get("args")
         if not isinstance(args, DecentralizedConfig):
             raise DecafError(f"args must be a DecentralizedConfig, got {type(args).__name__}")
+        if args.max_steps <= 0:  # set below by the size of the data; the same arguments may be another trainer's too
+            given["args"] = args = copy.copy(args)
         if not isinstance(model, nn.Module) or given.get("model_init") is not None:
             raise DecafError("model must be a loaded model; model_init is not supported: all agents share one base")
         if args.gradient_checkpointing and not getattr(model, "supports_gradient_checkpointing", True):

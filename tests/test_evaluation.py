@@ -121,6 +121,31 @@ def test_a_published_repository_gives_the_same(run, tmp_path):
     assert evaluate_adapters(published(run, tmp_path / "repo")) == evaluate_adapters(run)
 
 
+def test_another_base_model_than_the_runs_is_refused(run, tmp_path):
+    recipe = read_recipe(run / "recipe.yaml")
+    shutil.copytree(recipe.model.name_or_path, tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["bert.embeddings.word_embeddings.weight"][5] += 1
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    path = run / "recipe.yaml"
+    path.write_text(path.read_text().replace(recipe.model.name_or_path, str(tmp_path / "model")))
+    with pytest.raises(DecafError, match="base model: not what the run was trained and judged with"):
+        evaluate_adapters(run)
+    assert evaluate_adapters(run, recipe=read_recipe(path))["samples"] == 31
+
+
+def test_other_samples_than_the_runs_are_refused(run, tmp_path):
+    recipe = read_recipe(run / "recipe.yaml")
+    shutil.copytree(recipe.data.source, tmp_path / "texts")
+    (tmp_path / "texts" / "art" / "00.txt").write_text("gene gene gene")
+    path = run / "recipe.yaml"
+    path.write_text(path.read_text().replace(recipe.data.source, str(tmp_path / "texts")))
+    code, out, err = command("evaluate", run)
+    assert (code, out) == (2, "")
+    assert re.search(r"(agent \d|test set): not what the run was trained and judged with", err)
+    assert evaluate_adapters(run, data=str(tmp_path / "texts"))["samples"] == TEXTS * len(LABELS)
+
+
 def test_another_recipe_names_another_split(run):
     recipe = read_recipe(run / "recipe.yaml", ["data.test_size=60", "evaluation.metrics=[accuracy]"])
     result = evaluate_adapters(run, recipe=recipe)

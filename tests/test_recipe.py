@@ -383,6 +383,7 @@ def test_reason_of_a_refused_field_says_what_to_do(write, key, words):
         (["data.partition.kind=files"], "data.partition.kind: 'files' needs {agent} in data.source"),
         (["data.source=/x/{agent}.csv", "data.partition.kind=iid"], "data.partition.kind: 'iid', but data.source has"),
         (["data.source=/x/{agent}.csv"], "evaluation.on: 'global' needs data.test_source when each agent"),
+        (["data.text=x", "data.label=x"], "data.text: 'x' is the column of the labels; name that of the texts"),
         (["data.test_split=train"], "data.test_split: 'train' is what agents train on, and no test of what they"),
         (["data.source=a", "data.test_source=a"], "data.test_source: 'a' is what agents train on, and no test of"),
         (["data.test_source=a", "data.test_split=b"], "data.test_split: a split of data.source; set it or"),

@@ -832,3 +832,34 @@ def test_fault_a11_precision_and_machine_are_recorded_and_compared(tmp_path, cap
     monkeypatch.setenv("ONEDNN_DEFAULT_FPMATH_MODE", "BF16")
     with pytest.raises(DecafError, match="onednn_fpmath_mode strict, now it is bf16"):
         made(tmp_path, max_steps=4, **SAVED).train(resume_from_checkpoint=True)
+
+
+def test_transforms_of_the_agents_own_data_are_called(tmp_path):
+    calls = []
+
+    def seen(rows):
+        calls.append(len(rows["labels"]))
+        return rows
+
+    sites = [tiny.texts(9, agent).with_transform(seen) for agent in range(2)]
+    tiny.trainer(tmp_path, sites=sites, num_agents=2, local_steps=1, max_steps=1, remove_unused_columns=False).train()
+    assert calls
+
+
+def test_arguments_serve_a_second_trainer(tmp_path):
+    """The number of steps follows from each trainer's own data."""
+    steps = []
+    args = None
+    for count in (9, 30):
+        changes = {"num_agents": 2, "local_steps": 1, "max_steps": -1, "num_train_epochs": 1}
+        trainer = tiny.trainer(tmp_path, sites=[tiny.texts(count, agent) for agent in range(2)], **changes)
+        args = args or DecentralizedConfig(**{**trainer.args.to_dict(), "max_steps": -1})
+        again = DecentralizedTrainer(
+            model=tiny.bert(),
+            args=args,
+            train_dataset=[tiny.texts(count, agent) for agent in range(2)],
+            data_collator=tiny.collate,
+            peft_config=tiny.lora(),
+        )
+        steps.append(again.args.max_steps)
+    assert (steps, args.max_steps) == ([3, 10], -1)
