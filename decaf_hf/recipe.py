@@ -703,7 +703,7 @@ class Recipe(_Section):
                 refuse("data.prompt", "needs an answer: data.completion or data.label_words")
             if data.packing and data.label_words is not None:
                 refuse("data.packing", "label words are scored text by text; set it to false")
-        if self.labeled and data.text == data.label and data.text in self.text_columns:
+        if self.labeled and data.text == data.label and "data.text" in self.text_columns:
             refuse("data.text", f"{data.text!r} is the column of the labels; name that of the texts", "data.label")
         if self.samples == "images" and data.image in (data.label, "labels"):
             refuse("data.image", f"{data.image!r} is taken for the classes; name another", "data.label")
