@@ -104,14 +104,20 @@ def test_fault_b3_a_frozen_base_leaves_running_statistics_as_they_are(tmp_path, 
 
 
 def test_fault_b3_running_statistics_that_move_are_averaged_and_counters_are_not(tmp_path):
-    trainer = trained(tmp_path, normed(), algorithm="fedavg", base_dropout=True, max_steps=3)
+    usual = {"num_agents": 3, "algorithm": "fedavg", "local_steps": 1, "max_steps": 3, "learning_rate": 0.5}
+    trainer = tiny.trainer(tmp_path, normed(), base_dropout=True, **usual)
     everyone = trainer.decaf_network.parameters
     key = "base_model.model.classifier.0."
+    for agent, own in everyone.items():
+        own[f"{key}num_batches_tracked"].fill_(10 * agent)
+    trainer.train()
     means = [own[f"{key}running_mean"] for own in everyone.values()]
     assert not torch.equal(means[0], normed().classifier[0].running_mean)
     for mean in means[1:]:
         torch.testing.assert_close(mean, means[0], rtol=0, atol=1e-7)  # averages are made in float32 or better
-    assert {own[f"{key}num_batches_tracked"].dtype for own in everyone.values()} == {torch.int64}
+    counters = {agent: own[f"{key}num_batches_tracked"] for agent, own in everyone.items()}
+    assert {agent: int(counter) for agent, counter in counters.items()} == {0: 3, 1: 13, 2: 23}
+    assert {counter.dtype for counter in counters.values()} == {torch.int64}
 
 
 def resumed_and_not(processes, folder):

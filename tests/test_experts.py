@@ -153,6 +153,26 @@ def test_fault_a4_products_are_mixed_expert_by_expert(name, case):
     assert mixed.truncation == pytest.approx((lost / total) ** 0.5)
 
 
+def test_fault_a4_a_round_of_a_run_mixes_expert_by_expert(tmp_path):
+    """What agents send each other, and the consensus that is judged and saved."""
+    usual = {"num_agents": 3, "algorithm": "flexlora", "local_steps": 1, "max_steps": 1}
+    trainer = tiny.trainer(tmp_path, mixtral(), tiny.lora(**TARGETS["all-linear"]), **usual)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for own in trainer.decaf_network.parameters.values():
+            for parameter in own.values():
+                parameter.normal_()
+    updates = [dense(trainer.model, agent_name(agent)) for agent in range(3)]
+    trainer.save_model()  # computes the consensus
+    trainer.decaf_network.mix(1)
+    for layer, module in layers(trainer.model, CONSENSUS).items():
+        U, S, Vh = torch.linalg.svd(sum(own[layer] for own in updates) / 3, full_matrices=False)
+        r = module.r[CONSENSUS]
+        best = (U[..., :r] * S[..., None, :r]) @ Vh[..., :r, :]
+        for name in (CONSENSUS, "agent0", "agent2"):
+            torch.testing.assert_close(dense(trainer.model, name)[layer], best, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", ["dlora", "dlora-fa", "fedavg"])
 def test_fault_a4_factors_are_averaged_as_they_are(name):
     model = hosted("all-linear")

@@ -24,6 +24,8 @@ from transformers import (
     DebertaV2Model,
     MixtralConfig,
     MixtralForCausalLM,
+    PvtConfig,
+    PvtModel,
     RobertaConfig,
     RobertaModel,
     T5Config,
@@ -134,6 +136,19 @@ def test_fault_a2_a_head_that_the_base_brings_is_trained_and_saved_whatever_it_i
     with safe_open(tmp_path / "run" / "consensus" / "adapter_model.safetensors", "pt") as file:
         head = file.get_tensor("base_model.model.logits_proj.weight")
     assert not torch.equal(head, model.logits_proj.weight)
+
+
+def test_fault_a1_the_card_gives_the_number_of_labels_where_names_do_not(tmp_path):
+    """PVT keeps a number of its own, whatever the names of the labels."""
+    sizes = {"depths": [1], "sequence_reduction_ratios": [1], "hidden_sizes": [16], "patch_sizes": [4], "strides": [4]}
+    config = PvtConfig(num_encoder_blocks=1, image_size=tiny.PIXELS, num_attention_heads=[2], mlp_ratios=[2], **sizes)
+    write_recipe(tmp_path, "image-classification")
+    torch.manual_seed(0)
+    PvtModel(config).save_pretrained(tmp_path / "model")
+    scores = trained(
+        tmp_path, ["query"], model={"task": "image-classification"}, data={"source": str(tmp_path / "images")}
+    )
+    assert "accuracy" in scores
 
 
 def test_fault_a1_a_stranger_gets_what_was_judged(tmp_path):

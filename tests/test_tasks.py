@@ -555,6 +555,27 @@ def test_a_base_in_four_bits(tmp_path):
     assert model.model.layers[0].self_attn.q_proj.weight.dtype == torch.uint8
 
 
+@pytest.mark.parametrize("case", ["plain texts", "label words"])
+def test_fault_a12_the_loss_of_a_run_is_the_log_of_its_perplexity(tmp_path, case):
+    """Of whole texts and of answers alone, whatever the batch."""
+    found = []
+    for size in (1, 4):
+        path = recipe_of(
+            tmp_path,
+            case,
+            network={"agents": 2},
+            algorithm={"rounds": 1, "local_steps": 1},
+            training={"per_device_eval_batch_size": size},
+            evaluation={"metrics": ["perplexity"]},
+        )
+        assert command("train", path, "--overwrite")[0] == 0
+        judged = json.loads((tmp_path / "run" / "summary.json").read_text(encoding="utf-8"))["eval"]
+        for own in (judged["consensus"], *judged["agents"]):
+            assert own["loss"] == pytest.approx(np.log(own["perplexity"]), rel=1e-5)
+        found.append(judged["consensus"]["loss"])
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
 # ---- prompts that end in blanks, completions, rows that cannot be used
 
 
