@@ -274,7 +274,9 @@ def _load_part(auto_class: Any, recipe: Recipe, **options: Any) -> Any:
                 f"{auto_class.__name__} for a {unfit[1]}; name a model of that task"
             ) from error
         cause = " ".join(str(error).split())[:300]
-        if not isinstance(error, OSError | ValueError | ImportError):
+        if "float8" in cause.lower():
+            cause = f"its weights are float8, in which nothing is computed; set model.dtype, as float32 ({cause})"
+        elif not isinstance(error, OSError | ValueError | ImportError):
             cause = f"{type(error).__name__}: {cause}"
         if "Float8" in cause:
             cause = "its numbers are float8, in which nothing is computed; set model.dtype to bfloat16 or float32"
@@ -325,12 +327,6 @@ def _load_model(recipe: Recipe, head: dict[str, Any]) -> Base:
             f"model.name_or_path: the head of {section.name_or_path!r} is not for {len(labels)} labels "
             f"({', '.join(labels[:5])}{', ...' if len(labels) > 5 else ''}); name a base model without that head"
         ) from error
-    eighths = [name for name, tensor in model.state_dict().items() if str(tensor.dtype).startswith("torch.float8")]
-    if eighths:
-        raise DecafError(
-            f"model.name_or_path: {eighths[0]} of {section.name_or_path!r} is float8, in which nothing is computed; "
-            "name the same model in bfloat16, float16 or float32"
-        )
     _plain_outputs(model)
     missing = info["missing_keys"]
     head_names = heads(model) if head else []
