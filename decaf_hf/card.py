@@ -42,14 +42,14 @@ class _Summary(_File):
     algorithm: str
     agents: int = Field(ge=1, le=MOST_AGENTS)
     rounds: int = Field(ge=0)
-    eval: dict[str, Any] | None
+    eval: Any
     training: dict[str, Any]
     base_model_is_local: bool
     versions: dict[str, str]
 
 
 class _Partition(_File):
-    labels: list[str]
+    labels: list[Any]
     training_samples: list[list[int]]
     held_out: Any
     source_on_hub: bool

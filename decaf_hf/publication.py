@@ -195,7 +195,8 @@ def _check_numbers(run: Path, name: str, text: str) -> None:
         parse_json(text)
     except ValueError as error:
         if "not a finite number" in str(error):
-            raise DecafError(f"{run}: {name}: {error}; only finite numbers are published") from None
+            number = str(error).partition(" ")[0]
+            raise DecafError(f"{run}: {name} holds {number}; only finite numbers are published") from None
         raise DecafError(f"{run}: {name} is damaged: {error}; run the recipe again") from None
 
 
