@@ -163,6 +163,8 @@ class DecentralizedConfig(TrainingArguments):
         self._check_ranks()
         require_one_of("hosting", self.hosting, MODES)
         require_one_of("partition", self.partition, PARTITIONS)
+        if self.partition == "dirichlet" and self.dirichlet_alpha is None:
+            raise DecafError("partition='dirichlet' needs dirichlet_alpha: 0.1 is very uneven, 100 nearly even")
         if self.base_dropout and self.hosting == "batched":
             raise DecafError(
                 "hosting=batched excludes base_dropout=true: a shared batch has no random masks of each agent's own"

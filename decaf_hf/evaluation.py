@@ -6,6 +6,7 @@ run, so that on the run's own data the scores are those of its summary.json.
 
 import json
 import secrets
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ from .tasks import Task, load_task
 
 FORMATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # in which adapters can be judged
 PERCENTILES = (2.5, 97.5)
+ALIKE = 0.02  # scores that another machine's rounding may explain
 WEIGHTS = "adapter_model.safetensors"
 
 
@@ -66,6 +68,10 @@ def evaluate_adapters(
     consensus, records = _find(folder)
     as_the_run = recipe is None
     if recipe is None:
+        if not (records / "recipe.yaml").exists():
+            raise DecafError(
+                f"{folder} has no recipe.yaml, as of a run by a trainer of one's own; tell what to judge with --recipe"
+            )
         recipe = read_recipe(records / "recipe.yaml")
         if recipe.model.trust_remote_code:  # the adapters may be a stranger's
             raise DecafError(
@@ -112,6 +118,8 @@ def evaluate_adapters(
         _with_interval(judge(agent_name(agent), parts[agent] if own else parts, np.random.default_rng(seed)))
         for agent in range(count)
     ]
+    if as_the_run and data is None:
+        _compare_with_summary(records, _with_interval(on_consensus), agents)
     better_low = [metric for metric in recipe.evaluation.metrics if lower_is_better(metric)]
     better_high = [metric for metric in recipe.evaluation.metrics if not lower_is_better(metric)]
     return {
@@ -240,6 +248,27 @@ def _digests(records: Path) -> dict[str, str]:
     digests = partition.get("digests")
     known = {**digests} if isinstance(digests, dict) else {}
     return known | {"base model": summary.get("base_model_digest")}
+
+
+def _compare_with_summary(records: Path, consensus: dict[str, Any], agents: list[dict[str, Any]]) -> None:
+    """Warn of scores that are not those that the run printed: files may have been changed since."""
+    judged = read_mapping(records / "summary.json").get("eval")
+    if not isinstance(judged, dict) or not isinstance(judged.get("agents"), list):
+        return
+    pairs = [("the consensus", judged.get("consensus"), consensus)]
+    pairs += [(f"agent {agent}", *pair) for agent, pair in enumerate(zip(judged["agents"], agents, strict=False))]
+    for who, printed, found in pairs:
+        for metric, score in found.items():
+            before = printed.get(metric) if isinstance(printed, dict) else None
+            value = score["value"]
+            if isinstance(before, float) and abs(before - value) > ALIKE * max(1.0, abs(before)):
+                print(
+                    f"warning: {metric} of {who} is {value:.3f} here and was {before:.3f} when the run ended; "
+                    "its files are not those that were judged, or this machine rounds otherwise",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                return
 
 
 def _check_digest(known: Mapping[str, Any], what: str, found: str) -> None:

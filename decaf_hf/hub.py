@@ -108,11 +108,25 @@ def local_folder(run_or_repo: str) -> Path:
         raise DecafError(f"{run_or_repo!r} is no folder here, and as a repository of the Hub: {error}") from None
 
 
-def _full_name(api: HfApi, repo_id: str) -> str:
+def check_destination(hub: HubSection) -> None:
+    """Raise `DecafError` before the training for what would keep a run from being published after it."""
+    _check_name(hub.repo_id)
+    if constants.HF_HUB_OFFLINE:
+        raise DecafError(
+            f"hub.repo_id is {hub.repo_id!r}, but HF_HUB_OFFLINE keeps this machine from the Hub; unset it, or leave "
+            "hub.repo_id out and publish later (decaf publish)"
+        )
+
+
+def _check_name(repo_id: str) -> None:
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise DecafError(f"repo_id {repo_id!r}: {' '.join(str(error).split())}") from None
+
+
+def _full_name(api: HfApi, repo_id: str) -> str:
+    _check_name(repo_id)
     if "/" in repo_id:
         return repo_id
     return f"{_patiently('asking who you are', lambda: api.whoami()['name'])}/{repo_id}"

@@ -40,6 +40,8 @@ PEFT_HEADS = {
 
 def check_lora_config(config: PeftConfig) -> None:
     """Raise `DecafError` naming what of a PEFT configuration cannot be averaged between agents."""
+    if not isinstance(config, PeftConfig):
+        raise DecafError(f"peft_config is a {type(config).__name__}; give a peft.LoraConfig")
     if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:
         raise DecafError(f"PEFT method {config.peft_type.value} cannot be mixed between agents; use a LoraConfig")
     for field, (valid, why) in VALUES.items():
@@ -208,6 +210,8 @@ def _no_match(model: nn.Module, config: LoraConfig) -> str:
     numbers = _numbers(config.layers_to_transform)
     if numbers and _layers_there(model, config):
         return f"lora.layers_to_transform: {_no_layer(numbers[0], model, config)}"
+    if isinstance(targets, str) and targets in leaves:
+        return f"target_modules {targets!r}: a text is a regular expression for a whole name; write [{targets}]"
     if any(_leaf(name) in wanted for name, _ in model.named_modules()):
         return f"all that target_modules {wanted} match is left out by modules_to_save or exclude_modules"
     hints = "".join(did_you_mean(target, leaves) for target in wanted[:1])

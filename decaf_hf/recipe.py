@@ -984,7 +984,7 @@ def _wrong_value(key: Key, details: list[Any], tree: dict[Any, Any]) -> str:
             return f"{_shown(value)} is not a finite number"
         if kind == "string_pattern_mismatch":
             return f"{_shown(value)} may hold only ASCII letters, digits, '.', '_' and '-', not '.' first"
-        for bound, words in (("ge", "at least"), ("gt", "more than"), ("le", "at most")):
+        for bound, words in (("ge", "at least"), ("gt", "more than"), ("le", "at most"), ("lt", "less than")):
             if bound in context:
                 return f"{_shown(value)} must be {words} {context[bound]:.10g}"
     hint = _without_null(_hint(key))

@@ -25,7 +25,7 @@ from .data import is_hub_source
 from .errors import DecafError, about, out_of_memory
 from .exchange import Processes
 from .files import LOCK, DamagedError, is_empty, read_json, read_mapping, write_text
-from .hub import publish, publish_command
+from .hub import check_destination, publish, publish_command
 from .launch import assign, describe_placement, launch_id, process_name
 from .metrics import scores
 from .partition import print_partition
@@ -59,6 +59,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet:
             processes = _stay(processes, folder)
     exchange.together(processes, lambda: _check_folder(folder, recipe, resume, overwrite))
     if recipe.hub.repo_id is not None:
+        check_destination(recipe.hub)
         local = Path(model_location(recipe)).is_dir()
         base_model_id(recipe.model.name_or_path, recipe.hub, local=local)  # refused now, not after the training
     exchange.agree(processes, _flat(recipe.model_dump(exclude={"output_dir"})))

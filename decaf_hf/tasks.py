@@ -90,11 +90,15 @@ def load_task(recipe: Recipe, labels: Sequence[str]) -> Task:
 
 def model_location(recipe: Recipe) -> str:
     """The folder or Hub id behind `model.name_or_path`. Raises `DecafError` for a local path that is not there."""
-    name = recipe.model.name_or_path
-    if name.startswith("package:"):
-        return str(resolve_package(name))
+    name, revision = recipe.model.name_or_path, recipe.model.revision
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     path = Path(name).expanduser()
+    if revision is not None and (name.startswith("package:") or path.is_dir()):
+        raise DecafError(
+            f"model.revision {revision!r} is for models on the Hub, and {name!r} is a folder; leave it out"
+        )
+    if name.startswith("package:"):
+        return str(resolve_package(name))
     if looks_local and not path.is_dir():
         raise DecafError(f"model.name_or_path: no folder {name!r}; give a folder with a config.json or a Hub id")
     return str(path) if path.is_dir() else name

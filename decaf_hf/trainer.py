@@ -393,6 +393,8 @@ class DecentralizedMixin:
             judging = return_outputs or num_items_in_batch is None
             scaled = judging or self._decaf_own_loss is not None  # who has a loss of his own says how it is scaled
             return answer if scaled else answer * self.current_gradient_accumulation_steps
+        if "labels" not in inputs:
+            raise DecafError(f"a training batch has no 'labels', only {', '.join(inputs)}; add them to the data sets")
         labels = inputs.pop("labels")
         outputs = self.decaf_hosting.forward(model, inputs)
         count = len(self.decaf_agents)
@@ -532,6 +534,8 @@ class DecentralizedMixin:
 
     def predict(self, test_dataset: Any, *places: Any, **keywords: Any) -> PredictionOutput:
         """As `Trainer.predict`, of the consensus as the agents are now."""
+        if isinstance(test_dataset, list | tuple):
+            raise DecafError("predict asks the consensus about one data set; give one, or judge agents by evaluate")
         if not self._decaf_judging:
             self._decaf_settle()
         return super().predict(test_dataset, *places, **keywords)
@@ -849,6 +853,10 @@ class DecentralizedMixin:
         self._load_from_checkpoint(folder)
         if self.decaf_processes.is_main:
             self.decaf_rounds.restore_metrics()
+        best = state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best is not None and Path(best).exists():
+            self._load_best_model()  # it was loaded when the run ended
+            return TrainOutput(state.global_step, 0.0, {})
         self._decaf_settle()
         if self.eval_dataset is not None:
             self.evaluate()

@@ -134,6 +134,15 @@ def test_another_base_model_than_the_runs_is_refused(run, tmp_path):
     assert evaluate_adapters(run, recipe=read_recipe(path))["samples"] == 31
 
 
+def test_scores_that_the_run_did_not_print_are_told(run):
+    path = run / "consensus" / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({**config, "lora_alpha": -40 * config["lora_alpha"]}))
+    code, _, err = command("evaluate", run)
+    assert code == 0
+    assert re.search(r"warning: \w+ of the consensus is 0.\d+ here and was 0.\d+ when the run ended", err)
+
+
 def test_other_samples_than_the_runs_are_refused(run, tmp_path):
     recipe = read_recipe(run / "recipe.yaml")
     shutil.copytree(recipe.data.source, tmp_path / "texts")

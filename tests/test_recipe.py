@@ -172,6 +172,7 @@ def test_override_of_a_section_keeps_the_rest_of_it(write):
         ("seed=-1", "seed: -1 must be at least 0"),
         ("seed=4294967296", "seed: 4294967296 must be at most 4294967295"),
         ("training.learning_rate='1e-4'", "training.learning_rate: '1e-4' is not a number"),
+        ("network.link_failure=1", "network.link_failure: 1 must be less than 1"),
         ("training.learning_rate=true", "training.learning_rate: true is not a number"),
         ("training.learning_rate=.nan", "training.learning_rate: nan is not a finite number"),
         ("training.bf16=1", "training.bf16: 1 is not true or false"),

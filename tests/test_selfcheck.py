@@ -395,6 +395,18 @@ def test_the_head_of_the_base_is_told_and_may_not_be_in_another_order(tmp_path):
     assert "all agents start from the head that the base model brings (classifier; its classes: law, bio, art)" in out
 
 
+def test_a_revision_of_a_folder_is_refused(tmp_path):
+    write_base(tmp_path, tiny.bert().bert)
+    err = refusal(write_recipe(tmp_path, model={"revision": "main"}))
+    assert "model.revision 'main' is for models on the Hub" in err
+
+
+def test_a_target_that_is_a_text_is_a_regular_expression(tmp_path):
+    write_base(tmp_path, tiny.bert().bert)
+    err = refusal(write_recipe(tmp_path, lora={"target_modules": "query"}))
+    assert "target_modules 'query': a text is a regular expression for a whole name; write [query]" in err
+
+
 def test_weights_of_another_model_are_refused(tmp_path):
     write_base(tmp_path, tiny.gpt2().transformer)
     config = tmp_path / "model" / "config.json"

@@ -863,3 +863,19 @@ def test_arguments_serve_a_second_trainer(tmp_path):
         )
         steps.append(again.args.max_steps)
     assert (steps, args.max_steps) == ([3, 10], -1)
+
+
+def test_what_is_given_wrongly_is_one_line(tmp_path):
+    with pytest.raises(DecafError, match="peft_config is a dict; give a"):
+        tiny.trainer(tmp_path, lora_config={"r": 2})
+    with pytest.raises(DecafError, match="partition='dirichlet' needs dirichlet_alpha"):
+        tiny.trainer(tmp_path, partition="dirichlet")
+    unlabeled = [tiny.texts(9, agent).remove_columns("labels") for agent in range(2)]
+    trainer = tiny.trainer(tmp_path, sites=unlabeled, num_agents=2, local_steps=1, max_steps=1)
+    trainer.data_collator = lambda rows: {
+        name: value for name, value in tiny.collate([{**row, "labels": 0} for row in rows]).items() if name != "labels"
+    }
+    with pytest.raises(DecafError, match="a training batch has no 'labels', only input_ids, attention_mask"):
+        trainer.train()
+    with pytest.raises(DecafError, match="predict asks the consensus about one data set"):
+        trainer.predict([tiny.texts(3, 0)])
