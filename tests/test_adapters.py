@@ -168,6 +168,16 @@ def test_fault_b2_adapters_on_tied_embeddings_are_loaded_as_they_were_trained(tm
     check_loaded(trainer, tmp_path, lambda: tied(kind), inputs)
 
 
+def test_a_frozen_factor_of_an_embedding_is_the_random_one():
+    """PEFT calls it B there; were it the other one, which starts at zero, nothing could be learned."""
+    config = tiny.lora(target_modules=["word_embeddings"])
+    own = trainable(add_agents(tiny.bert(), config, range(2), freeze_a=True), "agent0")
+    ((a, b),) = pair_names(own).values()
+    assert (own[a].requires_grad, own[b].requires_grad) == (False, True)
+    assert own[a].any()
+    assert not own[b].any()
+
+
 @pytest.mark.parametrize(
     "changes", [{"modules_to_save": ["embed_tokens"]}, {"target_modules": ["q_proj", "embed_tokens"]}]
 )
@@ -246,8 +256,9 @@ def test_fault_c1_agents_start_from_a_saved_classifier(tmp_path, changes, name, 
         assert all(parameter.requires_grad for parameter in own.values())
 
 
-def test_fault_c1_a_run_goes_on_from_its_own_consensus(tmp_path):
-    start = PeftModel.from_pretrained(tiny.bert(), saved(tmp_path / "first"), is_trainable=True)
+@pytest.mark.parametrize("is_trainable", [True, False])
+def test_fault_c1_a_run_goes_on_from_its_own_consensus(tmp_path, is_trainable):
+    start = PeftModel.from_pretrained(tiny.bert(), saved(tmp_path / "first"), is_trainable=is_trainable)
     expected = {key: tensor.detach().clone() for key, tensor in trainable(start, "default").items()}
     args = tiny.trainer(tmp_path / "second", num_agents=3, max_steps=2, local_steps=1).args
     sites = [tiny.texts(9, agent) for agent in range(3)]
@@ -260,7 +271,7 @@ def test_fault_c1_a_run_goes_on_from_its_own_consensus(tmp_path):
     own = PeftModel.from_pretrained(tiny.bert(), tmp_path / "second" / "consensus")
     moved = trainable(own, "default")
     assert moved.keys() == expected.keys()
-    assert any(not torch.equal(moved[key], tensor) for key, tensor in expected.items())
+    assert not any(torch.equal(moved[key], tensor) for key, tensor in expected.items())
 
 
 def test_layers_of_peft_in_a_model_that_is_no_peft_model_are_refused():

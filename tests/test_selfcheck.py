@@ -36,6 +36,7 @@ from transformers import (
 )
 
 from decaf_hf import evaluation, run, selfcheck, tasks
+from decaf_hf.adapters import save_adapter
 from decaf_hf.errors import DecafError
 from decaf_hf.exchange import Processes
 from decaf_hf.new_layers import names_to_save
@@ -452,6 +453,21 @@ def test_fault_a1_what_does_not_load_as_it_was_judged_is_exit_code_1(leaking, mo
     assert "first in layer bert.pooler.dense" in err
     code, _, err = command("train", leaking, "evaluation.verify_saved=false", "--overwrite")
     assert (code, err) == (0, "")
+
+
+@pytest.mark.parametrize("place", ["consensus", "agents/0"])
+def test_fault_a1_what_is_written_otherwise_is_exit_code_1(tmp_path, monkeypatch, place):
+    """One agent is looked at as well as the consensus."""
+
+    def half(folder, tensors, config):
+        halved = str(folder).endswith(f"run/{place}")
+        save_adapter(folder, {name: tensor / 2 if halved else tensor for name, tensor in tensors.items()}, config)
+
+    write_base(tmp_path, tiny.bert().bert)
+    monkeypatch.setattr("decaf_hf.trainer.save_adapter", half)
+    code, _, err = command("train", write_recipe(tmp_path, network={"agents": 2}, training={"learning_rate": 0.5}))
+    assert code == 1
+    assert f"run/{place} is not what was judged: its logits are off by" in err
 
 
 def test_fault_a1_evaluate_does_not_hide_that_layers_were_not_saved(leaking, monkeypatch):

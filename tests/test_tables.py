@@ -6,6 +6,7 @@ import json
 import pandas as pd
 import pyarrow as pa
 import pytest
+from datasets import Dataset, Features, Json
 from pyarrow import parquet
 
 from decaf_hf.data import load_source
@@ -178,6 +179,13 @@ def test_fault_d_what_is_no_text_is_told_in_plain_words(tmp_path):
     for told, values in kinds.items():
         pd.DataFrame({"text": values}).to_parquet(tmp_path / "a.parquet")
         refused(tmp_path / "a.parquet", f"column 'text' of .* holds {told}, not text; name another in data.text")
+
+
+def test_fault_d_values_of_several_kinds_are_told_in_plain_words(monkeypatch):
+    """As the Hub's data sets keep them."""
+    mixed = Dataset.from_dict({"text": ["x", 1, {"a": 2}]}, features=Features({"text": Json()}))
+    monkeypatch.setattr("decaf_hf.data.load_dataset", lambda *_, **__: mixed)
+    refused("someone/mixed", "column 'text' of 'someone/mixed' holds values of several kinds, not text; name another")
 
 
 def test_places_are_rows_of_the_source_as_it_is_given(tmp_path):

@@ -11,8 +11,8 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from PIL import Image
 from tokenizers import Tokenizer, decoders
-from tokenizers.models import BPE
-from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.models import BPE, WordPiece
+from tokenizers.pre_tokenizers import ByteLevel, Whitespace
 from transformers import AutoModel, AutoTokenizer, EvalPrediction, PreTrainedTokenizerFast
 
 import decaf_hf.tasks
@@ -579,14 +579,14 @@ def test_fault_a12_the_loss_of_a_run_is_the_log_of_its_perplexity(tmp_path, case
 # ---- prompts that end in blanks, completions, rows that cannot be used
 
 
-def words_and_lines() -> PreTrainedTokenizerFast:
+def words_and_lines(*, blank_first: bool = False) -> PreTrainedTokenizerFast:
     """Of bytes, with tokens of a line end, of two, of a colon with one, and of a blank before a word, as in GPT."""
     alphabet = sorted(ByteLevel.alphabet())
     known = {"[EOS]": 0, **{char: number for number, char in enumerate(alphabet, start=1)}}
     merges = [("\u010a", "\u010a"), (":", "\u010a"), ("\u0120", "y"), ("o", "k")]
     known |= {one + other: len(known) + number for number, (one, other) in enumerate(merges)}
     inner = Tokenizer(BPE(known, merges))
-    inner.pre_tokenizer, inner.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    inner.pre_tokenizer, inner.decoder = ByteLevel(add_prefix_space=blank_first), decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="[EOS]", pad_token="[EOS]")
 
 
@@ -608,6 +608,26 @@ def test_fault_c4_an_answer_follows_the_tokens_of_the_prompt_as_it_stands(tmp_pa
         assert row["input_ids"] == [*joined, tokenizer.eos_token_id]
 
 
+def test_fault_c4_an_answer_that_ends_the_prompts_last_word_has_the_tokens_it_has_there(tmp_path):
+    known = {"[PAD]": 0, "[UNK]": 1, "Q": 2, "ab": 3, "ok": 4, "##ok": 5}
+    inner = Tokenizer(WordPiece(known, unk_token="[UNK]"))
+    inner.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="[PAD]", unk_token="[UNK]")
+    data = {"prompt": "Q {text}", "completion": "ok"}
+    data = read_recipe(recipe_of(tmp_path, "instructions", data=data)).data
+    (row,) = decaf_hf.tasks.language.encode(Dataset.from_dict({"text": ["ab"]}), data, tokenizer, None)
+    assert row["input_ids"] == tokenizer("Q abok")["input_ids"] == [2, 3, 5]
+
+
+def test_fault_c4_an_answer_begins_no_text(tmp_path):
+    """Where it runs together with the prompt, a tokenizer puts no blank before it as before a text."""
+    tokenizer, data = words_and_lines(blank_first=True), {"prompt": "Q {text}: ", "completion": "yes"}
+    data = read_recipe(recipe_of(tmp_path, "instructions", data=data)).data
+    (row,) = decaf_hf.tasks.language.encode(Dataset.from_dict({"text": ["ab"]}), data, tokenizer, None)
+    assert tokenizer.decode(row["input_ids"]) == " Q ab: yes[EOS]"
+    assert tokenizer.decode([label for label in row["labels"] if label != -100]) == "yes[EOS]"
+
+
 @pytest.mark.parametrize("prompt", ["Q {text}:\n", "Q {text}:\n\n", "Q {text}: "])
 def test_fault_c4_label_words_after_a_prompt_that_ends_in_blanks(tmp_path, prompt):
     tokenizer = words_and_lines()
@@ -622,7 +642,7 @@ def test_fault_c4_label_words_after_a_prompt_that_ends_in_blanks(tmp_path, promp
 
 
 def test_fault_c4_alpaca_trains(tmp_path):
-    rows = [{"instruction": f"paint the {word}", "input": ["", None, "museum"][n % 3], "output": "law"}
+    rows = [{"instruction": f"paint the {word}", "input": ["", None, "museum"][n % 3], "output": "color"}
             for n, word in enumerate(["cell", "gene", "plant", "court", "judge"] * 6)]  # fmt: skip
     (tmp_path / "alpaca.json").write_text(json.dumps(rows), encoding="utf-8")
     data = {"source": str(tmp_path / "alpaca.json"), "test_size": 3, "max_length": 12, "label_words": None,
@@ -630,9 +650,11 @@ def test_fault_c4_alpaca_trains(tmp_path):
     path = write_recipe(tmp_path, task="causal-lm", data=data, evaluation={"metrics": ["perplexity"]})
     assert command("train", path)[0] == 0
     recipe = read_recipe(path)
-    (row, *_) = load_task(recipe, []).encode(load_sites(recipe, Processes()).train[0])
+    rows = load_task(recipe, []).encode(load_sites(recipe, Processes()).train[0])
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
-    assert "None" not in tokenizer.decode(row["input_ids"])
+    assert {len(row["input_ids"]) for row in rows} == {6, 7}  # some with an input, some without
+    for row in rows:  # no "None", which would be unknown
+        assert tokenizer.unk_token_id not in row["input_ids"]
 
 
 def test_fault_d_a_completion_that_is_too_long_is_told_by_its_place(tmp_path):

@@ -801,6 +801,17 @@ def test_what_the_launcher_asks_alike_or_not_at_all_is_accepted(tmp_path, monkey
         config(tmp_path, bf16=True, accelerator_config={"gradient_accumulation_kwargs": {"num_steps": 2}})
 
 
+def in_another_precision(processes, folder):
+    torch.set_float32_matmul_precision("medium" if processes.index else "highest")
+    with pytest.raises(DecafError, match="differs from process 0 in 'float32_matmul_precision'"):
+        made(folder, sites=[data if agent == processes.index else None for agent, data in enumerate(SITES)])
+
+
+@pytest.mark.agents
+def test_fault_a11_processes_compare_their_precision(tmp_path):
+    run_agents(in_another_precision, 2, tmp_path)
+
+
 def test_fault_a11_precision_and_machine_are_recorded_and_compared(tmp_path, capsys, monkeypatch):
     trainer = made(tmp_path, **SAVED)
     trainer.train()
