@@ -1,5 +1,6 @@
 """`python -m decaf_hf` is the `decaf` command."""
 
+import os
 import sys
 
 
@@ -10,7 +11,10 @@ def main() -> int:
     except KeyboardInterrupt:
         print("decaf: interrupted", file=sys.stderr, flush=True)
         return 130
-    return command()
+    code = command()
+    if code == 130:  # all is said and flushed; threads of libraries may keep an interrupted interpreter from ending
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":
