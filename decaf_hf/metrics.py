@@ -97,9 +97,12 @@ class Perplexity(evaluate.Metric):
 METRICS = {"accuracy": Accuracy, "f1": F1, "perplexity": Perplexity}
 
 
+LOWER_IS_BETTER = {"loss", "perplexity"}
+
+
 def lower_is_better(metric: str) -> bool:
     """Whether a lower score is the better one; a metric may bear a data set's name in front."""
-    return metric.rpartition("_")[2] in ("loss", "perplexity")
+    return metric.rpartition("_")[2] in LOWER_IS_BETTER
 
 
 def best(metric: str, scores: Sequence[float]) -> int:
