@@ -1,6 +1,7 @@
 """How a command ends: one line on stderr and an exit code, whatever went wrong."""
 
 import errno
+import importlib.abc
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import decaf_hf.__main__
 from decaf_hf import ending
 from decaf_hf.ending import ended
 from decaf_hf.errors import DecafError, out_of_memory
@@ -132,6 +134,38 @@ def shell(line: str) -> subprocess.CompletedProcess:
 def test_fault_b7_a_reader_that_leaves_is_no_error(line, said):
     answer = shell(line)
     assert (answer.stdout, answer.stderr) == said
+
+
+class Interrupted(importlib.abc.MetaPathFinder):
+    """Ctrl-C at the moment at which a module is looked for."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def find_spec(self, name, path, target=None):
+        if name == self.name:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)  # where the signal arrives
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [("cli", "decaf: interrupted\n"), ("compare", "decaf: interrupted; the same command goes on where it stopped\n")],
+)
+def test_fault_b7_ctrl_c_at_an_import_is_one_line(monkeypatch, capsys, module, said):
+    name = f"decaf_hf.{module}"
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Interrupted(name), *sys.meta_path])
+    monkeypatch.setattr(sys, "argv", ["decaf", "compare", "no.yaml", "--algorithms", "decaf", "--output", "out"])
+    monkeypatch.setattr(os, "_exit", lambda code: code)
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert decaf_hf.__main__.main() == 130
+    except KeyboardInterrupt:
+        pytest.fail("a raw KeyboardInterrupt")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert capsys.readouterr() == ("", said)
 
 
 @pytest.mark.slow

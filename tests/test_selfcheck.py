@@ -119,7 +119,7 @@ BARE = {
 
 
 @pytest.mark.parametrize("name", BARE)
-def test_fault_a1_a2_c7_what_the_base_lacks_is_trained_and_saved(tmp_path, name):
+def test_fault_a1_fault_a2_fault_c7_what_the_base_lacks_is_trained_and_saved(tmp_path, name):
     make, targets, new = BARE[name]
     torch.manual_seed(0)
     write_base(tmp_path, make())
@@ -239,7 +239,7 @@ ENCODERS_DECODERS = {
 
 
 @pytest.mark.parametrize("name", ENCODERS_DECODERS)
-def test_fault_a2_b1_an_encoder_decoder_classifies_texts(tmp_path, name):
+def test_fault_a2_fault_b1_an_encoder_decoder_classifies_texts(tmp_path, name):
     torch.manual_seed(0)
     write_base(tmp_path, ENCODERS_DECODERS[name](), eos_token="[EOS]")
     words = tokenizer("[EOS]", eos_token="[EOS]")
@@ -435,6 +435,7 @@ def test_names_that_end_alike_are_told_apart():
 def leaking(tmp_path, monkeypatch):
     """A recipe whose base has no pooler, in a program that forgets to save new layers other than heads."""
     write_base(tmp_path, BertModel(tiny.bert(torch.float32).config, add_pooling_layer=False))
+    monkeypatch.setattr("decaf_hf.trainer.check_held", lambda *_: None)
     monkeypatch.setattr(
         tasks, "names_to_save", lambda *given: [n for n in names_to_save(*given) if not n.endswith("pooler.dense")]
     )
@@ -490,6 +491,8 @@ def test_fault_a1_evaluate_does_not_hide_that_layers_were_not_saved(leaking, mon
     path = folder / "recipe.yaml"
     path.write_text(path.read_text().replace("verify_saved: false", "verify_saved: true"))
     code, _, err = command("evaluate", folder)
+    assert (code, "base model" in err) == (2, True)  # that of the run is known by its digest
+    code, _, err = command("evaluate", folder, "--recipe", path)
     assert code == 1
     assert "is another adapter each time it is loaded: its logits are off by" in err
     assert read_recipe(path).seed not in seeds
