@@ -953,7 +953,10 @@ class DecentralizedMixin:
         checkpoint.load_adapters(Path(self.state.best_model_checkpoint), self.decaf_network.parameters)
         self._decaf_settle()
         data = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        judged = {name: self._decaf_judge(part, None, {}) for name, part in data.items()}
+        try:
+            judged = {name: self._decaf_judge(part, None, {}) for name, part in data.items()}
+        finally:
+            self._decaf_activate(self.model)
         # of the adapters that are kept
         self.decaf_evaluation, self._decaf_evaluated_step = _joined(judged), self.state.global_step
 
