@@ -496,8 +496,9 @@ def test_fault_d_a_path_beside_the_recipe_is_told_where_to_run(folder, monkeypat
 def test_paths_in_the_users_home(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     write_csv(folder / "owned.csv", owned_rows(["x", "y"], 12))
+    write_csv(folder / "other.csv", owned_rows(["x"], 12))
     (folder / "edges.txt").write_text("0 1\n1 2\n", encoding="utf-8")
-    home = ("data.source=~/owned.csv", "data.test_source=~/owned.csv", "model.name_or_path=~/model")
+    home = ("data.source=~/owned.csv", "data.test_source=~/other.csv", "model.name_or_path=~/model")
     words = ("network.topology=~/edges.txt", "output_dir=~/kept", "algorithm.rounds=1", "algorithm.local_steps=1")
     assert command("train", "recipe.yaml", *home, *words)[0] == 0
     assert (folder / "kept" / "summary.json").is_file()

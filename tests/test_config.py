@@ -51,8 +51,7 @@ def test_evaluation_takes_one_set_for_all_or_each_agents_own(tmp_path):
         assert metrics[f"eval_agent{agent}_loss"] == trainer.evaluate(own[agent])[f"eval_agent{agent}_loss"]
     with pytest.raises(DecafError, match="3 data sets for 4 agents"):
         trainer.evaluate(own[:3])
-    with pytest.raises(DecafError, match="not a dictionary"):
-        trainer.evaluate({"a": own[0]})
+    assert trainer.evaluate({"a": own[0]})["eval_a_agent0_loss"] == metrics["eval_agent0_loss"]
 
 
 def test_only_the_trainers_own_held_out_data_stands_for_the_run(tmp_path):
