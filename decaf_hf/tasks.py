@@ -282,8 +282,6 @@ def _load_part(auto_class: Any, recipe: Recipe, **options: Any) -> Any:
             cause = f"its weights are float8, in which nothing is computed; set model.dtype, as float32 ({cause})"
         elif not isinstance(error, OSError | ValueError | ImportError):
             cause = f"{type(error).__name__}: {cause}"
-        if "Float8" in cause:
-            cause = "its numbers are float8, in which nothing is computed; set model.dtype to bfloat16 or float32"
         if options.get("use_safetensors") and isinstance(error, OSError) and "safetensors" in cause:
             cause = (
                 "no weights as safetensors there, and a pickle (.bin, .pt) is not read, for it could run code: "

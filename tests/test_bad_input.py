@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from decaf_hf import DecentralizedConfig, DecentralizedTrainer, checkpoint, exchange, run
-from decaf_hf.cli import main
 from decaf_hf.errors import DecafError
 from decaf_hf.rounds import Network
 from decaf_hf.run import held_alone
@@ -677,11 +676,3 @@ def test_fault_d_words_that_cannot_be_meant_are_one_line_at_once(folder, words, 
     one_line(code, err, told)
     assert time.monotonic() - start < 10  # the Hub is not asked again and again
     assert tree(folder) == before
-
-
-def test_fault_d_what_train_needs(capsys):
-    with pytest.raises(SystemExit):
-        main(["train"])
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        "decaf train: error: the following arguments are required: recipe"
-    )

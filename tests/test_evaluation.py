@@ -308,31 +308,10 @@ def test_a_damaged_adapter_file_is_named(run, name, place, damage):
         evaluate_adapters(run)
 
 
-@pytest.mark.parametrize("file", ["partition.json", "consensus/adapter_config.json", "agents/1/adapter_config.json"])
-@pytest.mark.parametrize("content", [100_000 * "[", 50_000 * '{"a":', "{}", "[]", "3", "", '{"labels": 1e999}'])
-def test_fault_b7_json_of_a_run_that_holds_something_else_is_one_line(run, file, content):
-    (run / file).write_text(content, encoding="utf-8")
-    before = tree(run)
-    code, _, err = command("evaluate", run)
-    assert (code, err.count("\n")) == (2, 1), err
-    assert str(run / file) in err or str((run / file).parent) in err
-    assert tree(run) == before
-
-
-def test_fault_b7_a_header_of_tensors_nested_without_end_is_one_line(run):
+def test_fault_b7_an_adapter_file_without_tensors_is_told_what_it_lacks(run):
     path = run / "agents" / "1" / "adapter_model.safetensors"
-    for header in (100_000 * b"[", b'{"__metadata__":' + 100_000 * b"[", b"{}", b"null"):
-        path.write_bytes(len(header).to_bytes(8, "little") + header)
-        with pytest.raises(DecafError, match=re.escape(str(path))):
-            evaluate_adapters(run)
-
-
-def test_fault_b7_an_adapter_in_eight_bits_is_refused_by_name(run):
-    path = run / "agents" / "1" / "adapter_model.safetensors"
-    tensors = load_file(path)
-    name = sorted(tensors)[0]
-    save_file({**tensors, name: tensors[name].to(torch.float8_e4m3fn)}, path)
-    with pytest.raises(DecafError, match=f"agent1: tensor {re.escape(name)} in .* is float8_e4m3fn; .* save it so"):
+    save_file({}, path)
+    with pytest.raises(DecafError, match=rf"{re.escape(str(path))} lacks base_model\.model\.classifier\.\w+; get it"):
         evaluate_adapters(run)
 
 
@@ -360,12 +339,6 @@ def test_tensors_of_another_model_are_refused(run, change):
     save_file(tensors, path)
     with pytest.raises(DecafError, match=re.escape(str(path.parent))):
         evaluate_adapters(run)
-
-
-@pytest.mark.parametrize("inside", ["consensus", "agents/0", "agents/2"])
-def test_fault_d_an_adapter_of_a_run_is_told_to_be_one(run, inside):
-    code, _, err = command("evaluate", run / inside)
-    assert (code, err) == (2, f"decaf: error: {run / inside} is one adapter of a run; give the run folder: {run}\n")
 
 
 def test_what_is_no_run_is_refused(run, tmp_path):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,6 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoConfig,
@@ -350,38 +348,6 @@ def test_fault_b5_a_tokenizer_without_padding_and_end(tmp_path):
     kept = {key: value for key, value in json.loads(path.read_text()).items() if key != "pad_token"}
     path.write_text(json.dumps(kept))
     assert "has neither a padding token nor an end token" in refusal(write_recipe(tmp_path))
-
-
-def test_fault_b7_a_base_that_is_a_pickle_is_refused_and_not_read(tmp_path):
-    write_base(tmp_path, tiny.bert().bert)
-    (tmp_path / "model" / "model.safetensors").unlink()
-    (tmp_path / "model" / "pytorch_model.bin").write_bytes(pickle.dumps(Opened(tmp_path / "opened")))
-    assert "a pickle (.bin, .pt) is not read, for it could run code: convert it" in refusal(write_recipe(tmp_path))
-    assert not (tmp_path / "opened").exists()
-
-
-class Opened:
-    """Leaves a trace if it is read from a pickle."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
-
-
-def test_fault_b7_a_base_in_eight_bits_is_refused_or_read_in_more(tmp_path):
-    write_base(tmp_path, tiny.bert().bert)
-    path = write_recipe(tmp_path, network={"agents": 2})
-    weights, config = (tmp_path / "model" / name for name in ("model.safetensors", "config.json"))
-    eighths = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in load_file(weights).items()}
-    save_file(eighths, weights, metadata={"format": "pt"})
-    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float8_e4m3fn"}))
-    told = "its numbers are float8, in which nothing is computed; set model.dtype to bfloat16 or float32"
-    assert told in refusal(path)
-    model = tasks.load_task(read_recipe(path, ["model.dtype=float32"]), ["art", "bio"]).model
-    for name, tensor in eighths.items():
-        assert torch.equal(model.bert.state_dict()[name], tensor.float()), name
 
 
 def test_the_head_of_the_base_is_told_and_may_not_be_in_another_order(tmp_path):
