@@ -1,11 +1,14 @@
 """SIGTERM and Ctrl-C while training: the step is finished and saved before the run ends."""
 
+import multiprocessing.context
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
 from types import FrameType
+
+from torch.utils.data import DataLoader
 
 from . import exchange
 
@@ -23,6 +26,30 @@ def end_with_trainer_only(worker: int, trainer: int, then: Callable[[int], None]
         threading.Thread(target=_wait_for, args=(trainer,), daemon=True).start()
     if then is not None:
         then(worker)
+
+
+class _ShieldedProcess(multiprocessing.context.ForkProcess):
+    """A process that begins with the signals to stop blocked, and with it the threads that torch starts there before
+    anything of ours runs (its thread pool, where the trainer has more than one thread)."""
+
+    def start(self) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _ShieldedContext(multiprocessing.context.ForkContext):
+    Process = _ShieldedProcess
+
+
+def shield(loader: DataLoader) -> None:
+    """Let the processes of a data loader that forks them be born with the signals to stop blocked."""
+    context = loader.multiprocessing_context or multiprocessing.get_context()
+    name = context.get_start_method() if hasattr(signal, "sigwaitinfo") else None
+    if loader.num_workers and name == "fork":
+        loader.multiprocessing_context = _ShieldedContext()
 
 
 def _wait_for(sender: int) -> None:

@@ -49,7 +49,7 @@ from .recipe import HubSection
 from .rounds import Network, RoundCallback, read_metrics
 from .sampling import AgentMajorSampler, Augmented
 from .seeds import fault_seed, graph_seed, stream_seed
-from .stopping import Stopping, end_with_trainer_only
+from .stopping import Stopping, end_with_trainer_only, shield
 from .summary import versions, write_summary
 
 # losses known to be a mean over rows or tokens, each a function of its own logits
@@ -308,6 +308,7 @@ class DecentralizedMixin:
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         loader = super()._get_dataloader(*args, **kwargs)
         own = loader.base_dataloader
+        shield(own)
         own.worker_init_fn = partial(end_with_trainer_only, trainer=os.getpid(), then=own.worker_init_fn)
         return loader
 
