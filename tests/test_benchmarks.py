@@ -96,6 +96,7 @@ def test_the_cost_of_bad_neighbors_is_paired_with_all_honest():
     assert "| nan | none | the run failed |  |  |  |" in lines
 
 
+@pytest.mark.slow
 @pytest.mark.agents
 def test_killed_processes_lose_nothing():
     trials = list(chaos.chaos(kills=3, seed=203, counts=[1, 2], timeout=5))

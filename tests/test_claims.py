@@ -80,6 +80,7 @@ def doubled(config):
     return {"y": 2 * config["x"], "threads": torch.get_num_threads()}
 
 
+@pytest.mark.slow
 def test_rows_from_several_processes_keep_their_order(tmp_path):
     configs = [{"x": x} for x in (3, 1, 2)]
     claim.kept("some", configs[1:2], doubled)

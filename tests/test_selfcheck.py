@@ -150,6 +150,7 @@ def test_fault_a1_the_card_gives_the_number_of_labels_where_names_do_not(tmp_pat
     assert "accuracy" in scores
 
 
+@pytest.mark.slow
 def test_fault_a1_a_stranger_gets_what_was_judged(tmp_path):
     """By the lines of the card, in a process without this software, whatever its random seed."""
     write_base(tmp_path, BertModel(tiny.bert(torch.float32).config, add_pooling_layer=False))
@@ -252,12 +253,12 @@ def test_fault_a2_fault_b1_an_encoder_decoder_classifies_texts(tmp_path, name):
     "config",
     [
         {"problem_type": "multi_label_classification"},
-        {"problem_type": "regression"},
+        pytest.param({"problem_type": "regression"}, marks=pytest.mark.slow),
         {"output_hidden_states": True, "output_attentions": True},
-        {"return_dict": False},
+        pytest.param({"return_dict": False}, marks=pytest.mark.slow),
         {"id2label": {"0": "x", "1": "y", "2": "z", "3": "w"}},
     ],
-    ids=lambda config: "-".join(config),
+    ids="-".join,
 )
 def test_fault_a5_nothing_in_the_configuration_of_the_base_decides(tmp_path, config):
     write_base(tmp_path, tiny.bert().bert)

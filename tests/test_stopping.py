@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 
 from decaf_hf import checkpoint, exchange
 from decaf_hf.presence import LostProcessError, Presence
-from decaf_hf.stopping import Stopping, end_with_trainer_only
+from decaf_hf.stopping import Stopping, _ShieldedContext, end_with_trainer_only
 
 from . import tiny
 
@@ -104,9 +104,11 @@ def test_a_signal_to_all_processes_leaves_the_step_its_batches(tmp_path, name):
 
 
 @pytest.mark.parametrize("context", ["fork", "forkserver"])
-def test_processes_that_load_data_end_when_the_trainer_says_so(context):
-    """The trainer need not be the parent: a fork server is."""
-    context = multiprocessing.get_context(context)
+def test_processes_that_load_data_end_when_the_trainer_says_so(context, monkeypatch):
+    """The trainer need not be the parent: a fork server is. Its processes start threads before anything of ours runs,
+    unless there is one thread only."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    context = _ShieldedContext() if context == "fork" else multiprocessing.get_context(context)
     ready = context.Event()
     process = context.Process(target=_loading, args=(os.getpid(), ready))
     process.start()

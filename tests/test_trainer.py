@@ -557,6 +557,7 @@ def test_a_classifiers_loss_is_the_mean_over_rows_whatever_the_batch(tmp_path):
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_workers_that_stay_judge_the_data_they_are_given(tmp_path):
     own = [tiny.texts(4, 5), tiny.texts(4, 6)]
     workers = {"dataloader_persistent_workers": True, "dataloader_num_workers": 1}
