@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from .algorithms import Adapter
 from .errors import DecafError
 from .files import named, write_bytes, write_folder
-from .lora_checks import check_bare, check_fit, check_lora_config, explained
+from .lora_checks import ROOT, check_bare, check_fit, check_lora_config, explained, plain
 from .lowrank import LoraFactors
 
 CONSENSUS = "consensus"  # the adapter that holds the network's mean for evaluation; never trained
@@ -201,6 +201,24 @@ def write(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
         tensor.copy_(tensors[name])
 
 
+@contextlib.contextmanager
+def moved(tensors: Mapping[str, Tensor], seed: int) -> Iterator[None]:
+    """Move an adapter's parameters at random for a while: a new one has no effect that could be compared (B = 0)."""
+    parameters = [tensor for tensor in tensors.values() if isinstance(tensor, nn.Parameter)]
+    kept = [parameter.detach().clone() for parameter in parameters]
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in parameters:
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            parameter.add_(0.1 * noise.to(parameter.device, parameter.dtype))
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, kept, strict=True):
+                parameter.copy_(value)
+
+
 def save_adapter(folder: Path, tensors: Mapping[str, Tensor], config: LoraConfig) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors` so that `PeftModel.from_pretrained` loads them."""
     config = copy.deepcopy(config)
@@ -234,7 +252,7 @@ def frozen(model: PeftModel) -> dict[str, Tensor]:
     for name, tensor in itertools.chain(*everything):
         parts = name.split(".")
         if not any(part in ("original_module", "modules_to_save") or part.startswith("lora_") for part in parts):
-            found.setdefault(id(tensor), (name.removeprefix("base_model.model.").replace(".base_layer", ""), tensor))
+            found.setdefault(id(tensor), (plain(name), tensor))
     return dict(found.values())
 
 
@@ -250,7 +268,7 @@ def tied_layers(model: PeftModel) -> list[str]:
         else:
             continue
         if any(users[id(weight)] > 1 for weight in weights):
-            found.append(name.removeprefix("base_model.model."))
+            found.append(name.removeprefix(ROOT))
     return found
 
 

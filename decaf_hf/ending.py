@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from .errors import REFUSED, DecafError, one_line, out_of_memory
+from .errors import REFUSED, DecafError, cause, one_line, out_of_memory
 
 INTERRUPTED, CLOSED_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE
 LOWER = "lower training.per_device_train_batch_size, data.max_length, lora.r or network.agents"
@@ -66,7 +66,7 @@ def described(error: BaseException) -> tuple[int, str | None]:
 
 def unexpected(error: BaseException) -> str:
     """One line for an error of our own making: what it says, and the file that keeps its traceback."""
-    what = f"{type(error).__name__}: {one_line(error)[:300]}"
+    what = cause(error)
     try:
         descriptor, path = tempfile.mkstemp(prefix="decaf-traceback-", suffix=".txt")
         with open(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:

@@ -34,6 +34,11 @@ def one_line(error: object) -> str:
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip()) or type(error).__name__
 
 
+def cause(error: BaseException) -> str:
+    """A library's error in a part of a line: its type and the beginning of what it says."""
+    return f"{type(error).__name__}: {one_line(error)[:300]}"
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether there was not enough memory, of the machine or of its GPU."""
     torch = sys.modules.get("torch")  # without it no error is torch's

@@ -27,10 +27,11 @@ from transformers import EvalPrediction, Trainer
 from .adapters import CONSENSUS, agent_name, digest, frozen, trainable
 from .algorithms import ALGORITHMS
 from .data import load_source
-from .errors import DecafError, out_of_memory
+from .errors import DecafError, cause, one_line, out_of_memory
 from .exchange import Processes
 from .files import DamagedError, read_json, read_mapping, write_text
 from .labels import encode_labels
+from .lora_checks import ROOT
 from .metrics import lower_is_better, resampled_scores, scores
 from .partition import MAX_AGENTS_SHOWN
 from .recipe import Recipe, read_recipe
@@ -87,7 +88,8 @@ def evaluate_adapters(
     folders = {CONSENSUS: consensus}
     folders.update({agent_name(agent): folder / "agents" / str(agent) for agent in range(count)})
     tensors = {name: _read_adapter(name, place) for name, place in folders.items()}
-    known = _digests(records) if as_the_run else {}
+    summary = read_mapping(records / "summary.json") if as_the_run else {}
+    known = _digests(records, summary) if as_the_run else {}
     parts = _held_out(recipe, known) if data is None else _all_rows(recipe, data, labels)
 
     model, trainer, task = _trainer(recipe, labels, folders, tensors)
@@ -104,9 +106,7 @@ def evaluate_adapters(
     own = isinstance(parts, list)
     parts = [task.encode(part) for part in parts] if own else task.encode(parts)
     if recipe.evaluation.verify_saved:
-        first = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader(parts[0] if own else parts))))
-        first.pop("labels", None)
-        check_loaded(model, dict(list(folders.items())[:2]), first, task, recipe)
+        check_loaded(trainer, dict(list(folders.items())[:2]), parts[0] if own else parts, task, recipe)
     generator = np.random.default_rng(seed)
     if own:
         everywhere = [judge(CONSENSUS, part, generator) for part in parts]
@@ -118,8 +118,9 @@ def evaluate_adapters(
         _with_interval(judge(agent_name(agent), parts[agent] if own else parts, np.random.default_rng(seed)))
         for agent in range(count)
     ]
-    if as_the_run and data is None:
-        _compare_with_summary(records, _with_interval(on_consensus), agents)
+    scored = _with_interval(on_consensus)
+    if data is None:
+        _compare_with_summary(summary, scored, agents)
     better_low = [metric for metric in recipe.evaluation.metrics if lower_is_better(metric)]
     better_high = [metric for metric in recipe.evaluation.metrics if not lower_is_better(metric)]
     return {
@@ -127,7 +128,7 @@ def evaluate_adapters(
         "data": f"{recipe.evaluation.split} split" if data is None else data,
         "samples": sum(len(part) for part in parts) if own else len(parts),
         "bootstrap": {"resamples": bootstrap, "seed": seed, "percentiles": list(PERCENTILES)},
-        "consensus": _with_interval(on_consensus),
+        "consensus": scored,
         "agents": agents,
         "agents_mean": {m: sum(own[m]["value"] for own in agents) / count for m in recipe.evaluation.metrics},
         "agents_min": {m: min(own[m]["value"] for own in agents) for m in better_high},
@@ -226,11 +227,11 @@ def _read_adapter(name: str, folder: Path) -> dict[str, Tensor]:
     except DamagedError as error:
         raise DecafError(f"{error}; get it again") from None
     except Exception as error:  # whatever PEFT says of fields of other names and types
-        raise DecafError(f"{config} is damaged: {type(error).__name__}: {_line(error)}; get it again") from error
+        raise DecafError(f"{config} is damaged: {cause(error)}; get it again") from error
     try:
         tensors = load_file(weights)
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        raise DecafError(f"{weights} is damaged: {_line(error)}; get it again") from error
+        raise DecafError(f"{weights} is damaged: {one_line(error)[:300]}; get it again") from error
     for tensor_name, tensor in tensors.items():
         if tensor.dtype not in FORMATS:
             raise DecafError(
@@ -242,17 +243,16 @@ def _read_adapter(name: str, folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _digests(records: Path) -> dict[str, str]:
+def _digests(records: Path, summary: Mapping[str, Any]) -> dict[str, str]:
     """What the run wrote of its base model and of its samples, as far as it lies there."""
-    partition, summary = (read_mapping(records / name) for name in ("partition.json", "summary.json"))
-    digests = partition.get("digests")
+    digests = read_mapping(records / "partition.json").get("digests")
     known = {**digests} if isinstance(digests, dict) else {}
     return known | {"base model": summary.get("base_model_digest")}
 
 
-def _compare_with_summary(records: Path, consensus: dict[str, Any], agents: list[dict[str, Any]]) -> None:
+def _compare_with_summary(summary: Mapping[str, Any], consensus: dict[str, Any], agents: list[dict[str, Any]]) -> None:
     """Warn of scores that are not those that the run printed: files may have been changed since."""
-    judged = read_mapping(records / "summary.json").get("eval")
+    judged = summary.get("eval")
     if not isinstance(judged, dict) or not isinstance(judged.get("agents"), list):
         return
     pairs = [("the consensus", judged.get("consensus"), consensus)]
@@ -313,7 +313,7 @@ def _trainer(
     drawn_anew = recipe.model_copy(update={"seed": secrets.randbits(32)})
     task = load_task(drawn_anew, labels if recipe.labeled else [])
     for name, folder in folders.items():
-        lacking = [key for key in task.base.missing if f"base_model.model.{key}" not in tensors[name]]
+        lacking = [key for key in task.base.missing if f"{ROOT}{key}" not in tensors[name]]
         if lacking:
             raise ArtifactError(
                 f"{folder} holds no {lacking[0]}, and neither do the base model's files: it is drawn anew each time, "
@@ -347,7 +347,7 @@ def _load_adapters(base: nn.Module, folders: dict[str, Path], tensors: dict[str,
                 raise
             if isinstance(error, KeyError):  # PEFT's own word for a tensor of modules_to_save that is not there
                 raise DecafError(f"{folder / WEIGHTS} lacks {error.args[0]}; get it again") from error
-            raise DecafError(f"{folder} does not fit the recipe's model: {_line(error)}") from error
+            raise DecafError(f"{folder} does not fit the recipe's model: {one_line(error)[:300]}") from error
         expected = trainable(model, name)
         different = sorted(expected.keys() ^ tensors[name].keys())
         if different:
@@ -375,7 +375,3 @@ def _with_interval(scores: dict[str, _Score]) -> dict[str, dict[str, float]]:
         metric: {"value": score.value, "low": float(intervals[metric][0]), "high": float(intervals[metric][1])}
         for metric, score in scores.items()
     }
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

@@ -21,9 +21,11 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput
 
-from .adapters import agent_name, trainable
+from .adapters import agent_name, moved, trainable
 from .errors import DecafError
+from .lora_checks import ROOT
 from .seeds import stream_seed
 
 MODES = ("auto", "batched", "turns")
@@ -244,7 +246,7 @@ class Hosting:
         if kept is not None and columns is not None:
             kept = min(kept, int(columns.sum()))
         for name, value in inputs.items():
-            part = _part(value, slice(index * share, (index + 1) * share), total)
+            part = rows_of(value, slice(index * share, (index + 1) * share), total)
             own[name] = part[:, columns] if columns is not None and _only_pads(name, part, columns) else part
         if kept is not None:
             own["logits_to_keep"] = kept
@@ -285,9 +287,7 @@ class Hosting:
             for hook in hooks:
                 hook.remove()
         if model in called:
-            self.unused = [
-                name.removeprefix("base_model.model.") for module, name in names.items() if module not in called
-            ]
+            self.unused = [name.removeprefix(ROOT) for module, name in names.items() if module not in called]
 
     @torch.no_grad()
     def _check_calm(self, model: nn.Module, inputs: Mapping[str, Any], own_call: bool) -> None:
@@ -373,23 +373,16 @@ class Hosting:
         Adapters start without effect (B = 0), so every agent's parameters are moved apart for the trial.
         """
         inputs = {name: value for name, value in inputs.items() if name != "labels"}
-        parameters = [
-            [tensor for tensor in trainable(self.model, name).values() if isinstance(tensor, nn.Parameter)]
-            for name in self._names
-        ]
-        kept = [[parameter.clone() for parameter in own] for own in parameters]
         was_training = model.training
         model.eval()
         try:
             plain = self._separate(model, inputs)
-            for agent, own in zip(self.agents, parameters, strict=True):
-                generator = torch.Generator().manual_seed(stream_seed("trial", agent))
-                for parameter in own:
-                    noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
-                    parameter.add_(0.1 * noise.to(parameter.device, parameter.dtype))
-            separate = self._separate(model, inputs)
-            with self.together(inputs):
-                shared = _unpadded(self.forward(model, inputs)["logits"], inputs)
+            with contextlib.ExitStack() as trial:
+                for agent, name in zip(self.agents, self._names, strict=True):
+                    trial.enter_context(moved(trainable(self.model, name), stream_seed("trial", agent)))
+                separate = self._separate(model, inputs)
+                with self.together(inputs):
+                    shared = _unpadded(self.forward(model, inputs)["logits"], inputs)
             gap = (shared - separate).abs().max()
             effect = (separate - plain).abs().max()
             # Wrong routing errs by the adapters' whole effect, padding that is looked at by a part; rounding by less.
@@ -402,9 +395,6 @@ class Hosting:
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             return f"{type(error).__name__} in the shared batch: {' '.join(str(error).split())[:200]}"
         finally:
-            for own, before in zip(parameters, kept, strict=True):
-                for parameter, value in zip(own, before, strict=True):
-                    parameter.copy_(value)
             model.train(was_training)
 
     def _separate(self, model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
@@ -416,16 +406,17 @@ class Hosting:
         return torch.cat(logits)
 
 
-def _part(value: Any, rows: slice, total: int) -> Any:
-    """These of `total` rows, also of inputs in dictionaries and lists; what is not by rows stays whole."""
+def rows_of(value: Any, rows: slice, total: int) -> Any:
+    """These of `total` rows of a batch or of a model's outputs, also in mappings and lists; the rest stays whole."""
     if isinstance(value, Tensor):
         return value[rows] if value.dim() > 0 and value.shape[0] == total else value
     if isinstance(value, Mapping):
-        return {name: _part(inner, rows, total) for name, inner in value.items()}
+        own = {name: rows_of(inner, rows, total) for name, inner in value.items()}
+        return type(value)(**own) if isinstance(value, ModelOutput) else own
     if isinstance(value, list | tuple):
         if len(value) == total and not any(isinstance(inner, Tensor | Mapping) for inner in value):
             return value[rows]
-        return type(value)(_part(inner, rows, total) for inner in value)
+        return type(value)(rows_of(inner, rows, total) for inner in value)
     return value
 
 

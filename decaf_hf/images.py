@@ -27,9 +27,9 @@ ASPECTS = (3 / 4, 4 / 3)  # of a random crop, as torchvision's RandomResizedCrop
 def encode(rows: Dataset, column: str) -> Dataset:
     """Keep the image, not yet decoded, and `labels`. Raises `DecafError` naming an image that cannot be read: each is
     opened here once, so that a damaged one does not end the run when it is drawn."""
-    for image in rows.select_columns([column]).cast_column(column, Image(decode=False)):
-        _opened(image[column])
     kept = rows.select_columns([column, "labels"]).cast_column(column, Image(decode=False))
+    for row in kept:
+        _opened(row[column])
     return kept if column == "image" else kept.rename_column(column, "image")
 
 

@@ -81,17 +81,6 @@ def ordered(names: Iterable[str]) -> list[str]:
     return names
 
 
-def same_class_names(declared: Mapping[str, Sequence[str]]) -> None:
-    """Raise `DecafError` unless all data sets number the same classes alike; `declared` says who has which names."""
-    first = next(iter(declared), None)
-    for who, names in declared.items():
-        if list(names) != list(declared[first]):
-            raise DecafError(
-                f"the class labels of {first} are {_listed(declared[first])}, those of {who} {_listed(names)}: one "
-                "number would stand for two classes; give all the same names in the same order"
-            )
-
-
 def check_agents(found: Mapping[str, Found]) -> None:
     """Refuse one agent whose labels are all numbers beside another whose labels are all names."""
     numeric = {who: {bool(NUMBER.fullmatch(name)) for name in own.names} for who, own in found.items()}

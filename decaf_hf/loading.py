@@ -69,8 +69,7 @@ def load_base(recipe: Recipe, labels: Sequence[str], *, pad_token_id: int | None
     kind = KINDS[recipe.model.task]
     options = model_options(recipe)
     if kind.auto_class.endswith("Classification"):
-        pad = pad_token_id if kind.peft == "SEQ_CLS" else None
-        options |= head_options(labels, num_labels=len(labels), pad_token_id=pad)
+        options |= head_options(labels, num_labels=len(labels), pad_token_id=pad_token_id)
     with quiet(), torch.random.fork_rng():
         torch.manual_seed(seed)
         return getattr(transformers, kind.auto_class).from_pretrained(

@@ -153,7 +153,7 @@ def _check_modules_to_save(model: PeftModel, config: LoraConfig) -> None:
 
     PEFT looks at the end of a name only: `head` would also train `lm_head`.
     """
-    names = {_plain(name): module for name, module in model.named_modules(remove_duplicate=False)}
+    names = {plain(name): module for name, module in model.named_modules(remove_duplicate=False)}
     by_task = PEFT_HEADS.get(config.task_type, ())
     for wanted in config.modules_to_save or ():
         if wanted not in by_task and not any(_names(wanted, name) for name in names):
@@ -185,13 +185,13 @@ def _check_patterns(model: PeftModel, config: LoraConfig) -> None:
                 raise DecafError(f"lora.{field} names {pattern!r}, which matches no layer that gets an adapter")
     for wanted in sorted(config.target_parameters or ()):
         if not any(_names(wanted, layer) for layer in layers):
-            known = {_plain(name) for name, tensor in model.named_parameters() if tensor.dim() in (2, 3)}
+            known = {plain(name) for name, tensor in model.named_parameters() if tensor.dim() in (2, 3)}
             leaves = {_leaf(name) for name in known if ".lora_" not in name}
             raise DecafError(
                 f"lora.target_parameters names {wanted!r}, which matches no parameter of two or three dimensions"
                 f"{did_you_mean(_leaf(wanted), leaves)}"
             )
-    names = {_plain(name) for name, _ in model.named_modules()}
+    names = {plain(name) for name, _ in model.named_modules()}
     for wanted in [] if isinstance(config.exclude_modules, str) else sorted(config.exclude_modules or ()):
         if not any(_names(wanted, name) for name in names):
             raise DecafError(
@@ -232,7 +232,7 @@ def _layers_there(model: nn.Module, config: LoraConfig) -> list[int]:
     if anywhere.target_modules == "all-linear":
         names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     else:
-        names = [_plain(n) for n, _ in model.named_modules() if check_target_module_exists(anywhere, _plain(n))]
+        names = [plain(n) for n, _ in model.named_modules() if check_target_module_exists(anywhere, plain(n))]
     return sorted({int(number) for name in names for number in re.findall(r"\.(\d+)\.", name)[:1]})
 
 
@@ -240,9 +240,9 @@ def _layers(model: nn.Module) -> Iterable[tuple[str, LoraLayer]]:
     """The layers with an adapter by the names of what they wrap, as PEFT matches them."""
     for name, module in model.named_modules():
         if isinstance(module, ParamWrapper):
-            yield f"{_plain(name)}.{module.parameter_name}", module
+            yield f"{plain(name)}.{module.parameter_name}", module
         elif isinstance(module, LoraLayer):
-            yield _plain(name), module
+            yield plain(name), module
 
 
 def _saved(name: str, config: LoraConfig) -> bool:
@@ -256,7 +256,8 @@ def _names(wanted: str, name: str) -> bool:
     return name == wanted or name.endswith(f".{wanted}")
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """A module's or tensor's name in the base model."""
     return name.removeprefix(ROOT).replace(".base_layer", "")
 
 

@@ -34,7 +34,7 @@ from .push import PushCallback
 from .recipe import HubSection, Recipe, read_recipe, resolved_yaml
 from .report import write_report
 from .rounds import read_metrics
-from .selfcheck import one_line, rehearse, verify
+from .selfcheck import refusing, rehearse, verify
 from .sites import Sites, load_sites
 from .tasks import Task, check_tokens, load_task, lora_config, model_location
 from .trainer import DecentralizedTrainer
@@ -67,7 +67,7 @@ def run(recipe: Recipe, *, resume: bool = False, overwrite: bool = False, quiet:
     with _no_empty_folder(folder):
         trainer, task = build_trainer(recipe, sites, processes)
         exchange.together(processes, lambda: _try_out(trainer))
-        exchange.together(processes, lambda: rehearse(trainer, task, recipe, sites.labels))
+        exchange.together(processes, lambda: rehearse(trainer, task, recipe))
     if resume:
         exchange.together(processes, lambda: _check_samples(folder, sites))
     with contextlib.ExitStack() as held:
@@ -195,7 +195,7 @@ def _train(
             push.finish()
     if processes.is_main:
         if recipe.evaluation.verify_saved:
-            verify(trainer, folder, task, recipe, sites.labels)
+            verify(trainer, folder, task, recipe)
         write_report([folder], folder)
         write_card(folder)
         _say_end(console, recipe, trainer)
@@ -313,7 +313,7 @@ def build_trainer(recipe: Recipe, sites: Sites, processes: Processes) -> tuple[D
 
 def _try_out(trainer: DecentralizedTrainer) -> None:
     """What would otherwise fail in the first step, when the run folder is already there."""
-    with one_line(f"{type(trainer.model.get_base_model()).__name__} cannot read the first batch"):
+    with refusing(f"{type(trainer.model.get_base_model()).__name__} cannot read the first batch"):
         trainer.decaf_choose_hosting()
     with _of_training():
         trainer.create_optimizer_and_scheduler(trainer.args.max_steps)

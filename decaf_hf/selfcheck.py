@@ -8,19 +8,23 @@ import contextlib
 import math
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset, concatenate_datasets
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import Trainer
 
-from .adapters import CONSENSUS, agent_name, save_adapter, trainable
-from .errors import DecafError
+from .adapters import CONSENSUS, agent_name, moved, save_adapter, trainable
+from .errors import DecafError, cause, out_of_memory
 from .loading import load_adapter, load_base
+from .lora_checks import plain
 from .new_layers import padding_token
 from .recipe import Recipe
 from .seeds import stream_seed
@@ -38,30 +42,29 @@ class ArtifactError(DecafError):
     exit_code = 1
 
 
-def rehearse(trainer: DecentralizedTrainer, task: Task, recipe: Recipe, labels: Sequence[str]) -> None:
+def rehearse(trainer: DecentralizedTrainer, task: Task, recipe: Recipe) -> None:
     """Do once, before the first step, what a run does: train and judge a batch, save, and load what was saved.
 
     The batches hold the longest texts. Raises `DecafError` in one line for what fails; nothing is changed or kept.
     """
     with torch.random.fork_rng():  # loaders and loading draw from it
         rows = _longest(trainer)
-        with one_line(f"{type(task.model).__name__} cannot be trained on the first batch"):
+        with refusing(f"{type(task.model).__name__} cannot be trained on the first batch"):
             trainer.decaf_try_step()
-        with one_line(f"{type(task.model).__name__} cannot be judged"):
+        with refusing(f"{type(task.model).__name__} cannot be judged"):
             trainer._decaf_metrics(CONSENSUS, rows, None)
         if recipe.evaluation.verify_saved and trainer.decaf_processes.is_main:
-            _try_saving(trainer, task, recipe, labels, rows)
+            _try_saving(trainer, task, recipe, rows)
 
 
-def _try_saving(
-    trainer: DecentralizedTrainer, task: Task, recipe: Recipe, labels: Sequence[str], rows: Dataset
-) -> None:
+def _try_saving(trainer: DecentralizedTrainer, task: Task, recipe: Recipe, rows: Dataset) -> None:
     """Save the consensus, moved at random, and load it. Raises `DecafError` naming the layer that differs."""
-    with tempfile.TemporaryDirectory(prefix="decaf-") as folder, _moved(trainable(trainer.model, CONSENSUS)) as own:
+    own = trainable(trainer.model, CONSENSUS)
+    with tempfile.TemporaryDirectory(prefix="decaf-") as folder, moved(own, stream_seed("rehearsal")):
         place = Path(folder) / CONSENSUS
-        with one_line("an adapter cannot be saved"):
+        with refusing("an adapter cannot be saved"):
             save_adapter(place, own, trainer.model.peft_config[CONSENSUS])
-        problem = _difference(trainer, CONSENSUS, place, task, recipe, labels, rows)
+        problem = _difference(trainer, CONSENSUS, place, task, recipe, rows)
     if problem is not None:
         raise DecafError(
             f"an adapter that was saved for a trial is another one when it is loaded: {problem}; name the layer in "
@@ -69,7 +72,7 @@ def _try_saving(
         )
 
 
-def verify(trainer: DecentralizedTrainer, folder: Path, task: Task, recipe: Recipe, labels: Sequence[str]) -> None:
+def verify(trainer: DecentralizedTrainer, folder: Path, task: Task, recipe: Recipe) -> None:
     """Load the saved consensus and one agent of a run folder and compare them with those in memory.
 
     Called in process 0. Raises `ArtifactError` naming the layer that differs.
@@ -77,7 +80,7 @@ def verify(trainer: DecentralizedTrainer, folder: Path, task: Task, recipe: Reci
     rows = _longest(trainer)
     agent = trainer.decaf_agents[0]
     for name, place in {CONSENSUS: folder / CONSENSUS, agent_name(agent): folder / "agents" / str(agent)}.items():
-        problem = _difference(trainer, name, place, task, recipe, labels, rows)
+        problem = _difference(trainer, name, place, task, recipe, rows)
         if problem is not None:
             raise ArtifactError(
                 f"{place} is not what was judged: {problem}; the scores of this run are not those of its adapters"
@@ -91,28 +94,25 @@ def first_difference(
 
     Both hold the same layers, adapters under names of their own. `tolerance` is relative to the largest logit.
     """
-    ours, theirs = {}, {}
-    answer, reference = _answer(judged, inputs, ours), _answer(loaded, inputs, theirs)
-    gap = _gap(reference, answer)
+    gap = _gap(_answer(loaded, inputs), _answer(judged, inputs))
     if gap <= tolerance:
         return None
-    layer = next(
-        (name for name, value in ours.items() if name in theirs and _gap(theirs[name], value) > tolerance), ""
-    )
+    theirs, ours = _layers(loaded, inputs), _layers(judged, inputs)
+    differ = (name for name, value in ours.items() if name in theirs and _gap(theirs[name], value) > tolerance)
+    layer = next(differ, None)
     return f"its logits are off by {gap:.2g} of the largest{f', first in layer {layer}' if layer else ''}"
 
 
-def check_loaded(
-    model: PeftModel, adapters: Mapping[str, Path], inputs: Mapping[str, Any], task: Task, recipe: Recipe
-) -> None:
+def check_loaded(trainer: Trainer, adapters: Mapping[str, Path], rows: Dataset, task: Task, recipe: Recipe) -> None:
     """Compare adapters of one judged model with the same ones loaded anew, each on a base of its own.
 
-    `adapters` maps their names in `model` to their folders. Raises `ArtifactError` naming the layer that differs.
+    `adapters` maps their names in the trainer's model to their folders. Raises `ArtifactError` naming the layer that
+    differs.
     """
-    labels = list(task.model.config.id2label.values())
+    model, inputs = trainer.model, _first_batch(trainer, rows)
     for name, folder in adapters.items():
         model.set_adapter(name)
-        loaded = _loaded(folder, task, recipe, labels).to(model.device)
+        loaded = _loaded(folder, task, recipe).to(model.device)
         problem = first_difference(model, loaded, inputs, tolerance=tolerance(loaded, mixed_precision=False))
         if problem is not None:
             raise ArtifactError(
@@ -128,22 +128,17 @@ def tolerance(model: nn.Module, *, mixed_precision: bool) -> float:
 
 
 def _difference(
-    trainer: DecentralizedTrainer,
-    name: str,
-    folder: Path,
-    task: Task,
-    recipe: Recipe,
-    labels: Sequence[str],
-    rows: Dataset,
+    trainer: DecentralizedTrainer, name: str, folder: Path, task: Task, recipe: Recipe, rows: Dataset
 ) -> str | None:
     """`first_difference` between an adapter in memory and a folder's."""
     try:
-        loaded = _loaded(folder, task, recipe, labels)
+        loaded = _loaded(folder, task, recipe)
     except Exception as error:  # whatever a user would meet
-        return f"it cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+        if out_of_memory(error):
+            raise
+        return f"it cannot be loaded ({cause(error)})"
     loaded.to(trainer.args.device)
-    inputs = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader(rows))))
-    inputs.pop("labels", None)
+    inputs = _first_batch(trainer, rows)
     judged, was_training = trainer.model, trainer.model.training
     judged.eval()
     trainer.decaf_hosting.activate(name)
@@ -154,40 +149,39 @@ def _difference(
         judged.train(was_training)
 
 
-def _loaded(folder: Path, task: Task, recipe: Recipe, labels: Sequence[str]) -> PeftModel:
+def _loaded(folder: Path, task: Task, recipe: Recipe) -> PeftModel:
     """An adapter as the card of its run says, by someone with another random seed."""
+    labels = list(task.model.config.id2label.values())
     pad = padding_token(task.model) if recipe.model.task == "text-classification" else None
     return load_adapter(load_base(recipe, labels, pad_token_id=pad, seed=ANOTHER_SEED), folder, task)
 
 
-@contextlib.contextmanager
-def _moved(parameters: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Move an adapter at random for a while: a new one has no effect that could be compared."""
-    kept = {name: tensor.detach().clone() for name, tensor in parameters.items()}
-    generator = torch.Generator().manual_seed(stream_seed("rehearsal"))
-    try:
-        for tensor in parameters.values():
-            if isinstance(tensor, nn.Parameter):
-                noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
-                tensor.data.add_(0.1 * noise.to(tensor.device, tensor.dtype))
-        yield parameters
-    finally:
-        for name, tensor in parameters.items():
-            tensor.data.copy_(kept[name])
+def _first_batch(trainer: Trainer, rows: Dataset) -> dict[str, Any]:
+    """The inputs of the first batch that is judged, without the labels."""
+    inputs = trainer._prepare_inputs(next(iter(trainer.get_eval_dataloader(rows))))
+    inputs.pop("labels", None)
+    return inputs
 
 
 @torch.no_grad()
-def _answer(model: nn.Module, inputs: Mapping[str, Any], seen: dict[str, Tensor]) -> Tensor:
-    """The logits of a batch; `seen` gets each layer's output, in the order of the work, by its name in the base."""
+def _answer(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """The logits of a batch."""
+    answer = model(**inputs)
+    return answer["logits"] if isinstance(answer, Mapping) else answer[0]
+
+
+def _layers(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Each layer's output for a batch, in the order of the work, by its name in the base."""
+    seen: dict[str, Tensor] = {}
     hooks = [
         module.register_forward_hook(partial(_keep, seen, _layer(name))) for name, module in model.named_modules()
     ]
     try:
-        answer = model(**inputs)
+        _answer(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return answer["logits"] if isinstance(answer, Mapping) else answer[0]
+    return seen
 
 
 def _keep(seen: dict[str, Tensor], layer: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -199,8 +193,8 @@ def _keep(seen: dict[str, Tensor], layer: str, _module: nn.Module, _inputs: Any,
 
 def _layer(name: str) -> str:
     """A module's name in the base model, whatever the adapter in it is called."""
-    name = re.sub(r"\.(modules_to_save|lora_[A-Za-z_]+)\.[^.]+", r".\1", name.removeprefix("base_model.model."))
-    return name.replace(".modules_to_save", "").replace(".base_layer", "") or "the whole model"
+    name = re.sub(r"\.(modules_to_save|lora_[A-Za-z_]+)\.[^.]+", r".\1", plain(name))
+    return name.replace(".modules_to_save", "") or "the whole model"
 
 
 def _gap(reference: Tensor, other: Tensor) -> float:
@@ -219,22 +213,25 @@ def _longest(trainer: DecentralizedTrainer) -> Dataset:
     parts = [*trainer.decaf_train_sets, *(judged if isinstance(judged, list) else [judged])]
     rows = []
     for part in parts:
-        lengths = [len(ids) for ids in part["input_ids"]] if "input_ids" in part.column_names else [0] * len(part)
-        order = sorted(range(len(part)), key=lambda index: -lengths[index])
-        rows.append((max(lengths, default=0), part.select(order[:ROWS])))
+        lengths = np.zeros(len(part), dtype=int)
+        if "input_ids" in part.column_names:
+            lengths = pc.list_value_length(part.with_format("arrow")["input_ids"][:]).to_numpy()
+        longest = np.argsort(-lengths, kind="stable")[:ROWS]
+        rows.append((lengths.max(initial=0), part.select(longest)))
     rows.sort(key=lambda entry: -entry[0])
     return concatenate_datasets([part for _, part in rows[:2]])
 
 
 @contextlib.contextmanager
-def one_line(what: str) -> Iterator[None]:
+def refusing(what: str) -> Iterator[None]:
     """Let whatever a library raises in the trial be one line that begins with `what`."""
     try:
         yield
     except DecafError:
         raise
     except Exception as error:
-        cause = " ".join(str(error).split())[:300]
+        if out_of_memory(error):  # which has advice of its own
+            raise
         raise DecafError(
-            f"{what}: {type(error).__name__}: {cause}; nothing was written, mend the model, the data or the recipe"
+            f"{what}: {cause(error)}; nothing was written, mend the model, the data or the recipe"
         ) from error

@@ -29,7 +29,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from . import images, language
 from .data import resolve_package, tokenize
-from .errors import DecafError, out_of_memory
+from .errors import DecafError, cause, one_line, out_of_memory
+from .lora_checks import PEFT_HEADS
 from .metrics import Outcomes, class_outcomes
 from .new_layers import heads, names_to_save, positions_after_padding, quiet
 from .recipe import Recipe
@@ -112,7 +113,7 @@ def lora_config(recipe: Recipe, task: Task) -> LoraConfig:
     """
     given = recipe.lora_fields
     peft_type = KINDS[recipe.model.task].peft
-    by_peft = ("classifier", "score") if peft_type == "SEQ_CLS" else ()  # PEFT names these itself
+    by_peft = PEFT_HEADS.get(peft_type, ())  # PEFT names these itself
     whole = [*(given.get("modules_to_save") or []), *(name for name in task.base.trained_whole if name not in by_peft)]
     if whole:
         given["modules_to_save"] = list(dict.fromkeys(whole))
@@ -277,17 +278,17 @@ def _load_part(auto_class: Any, recipe: Recipe, **options: Any) -> Any:
                 f"model.task {section.task} cannot take {section.name_or_path!r}: transformers has no "
                 f"{auto_class.__name__} for a {unfit[1]}; name a model of that task"
             ) from error
-        cause = " ".join(str(error).split())[:300]
-        if "float8" in cause.lower():
-            cause = f"its weights are float8, in which nothing is computed; set model.dtype, as float32 ({cause})"
+        why = one_line(error)[:300]
+        if "float8" in why.lower():
+            why = f"its weights are float8, in which nothing is computed; set model.dtype, as float32 ({why})"
         elif not isinstance(error, OSError | ValueError | ImportError):
-            cause = f"{type(error).__name__}: {cause}"
-        if options.get("use_safetensors") and isinstance(error, OSError) and "safetensors" in cause:
-            cause = (
+            why = cause(error)
+        if options.get("use_safetensors") and isinstance(error, OSError) and "safetensors" in why:
+            why = (
                 "no weights as safetensors there, and a pickle (.bin, .pt) is not read, for it could run code: "
-                f"convert it with a program that you trust to (from_pretrained, then save_pretrained); {cause}"
+                f"convert it with a program that you trust to (from_pretrained, then save_pretrained); {why}"
             )
-        raise DecafError(f"model.name_or_path: cannot load {section.name_or_path!r}: {cause}") from error
+        raise DecafError(f"model.name_or_path: cannot load {section.name_or_path!r}: {why}") from error
 
 
 def _load_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -430,10 +431,8 @@ def _check_causal(model: PreTrainedModel) -> None:
     try:
         first, second = model(input_ids=torch.stack([ids, other])).logits[:, :-1].float()
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-        cause = " ".join(str(error).split())[:300]
         raise DecafError(
-            f"model.name_or_path: {type(model).__name__} cannot read a text of {len(ids)} tokens: "
-            f"{type(error).__name__}: {cause}"
+            f"model.name_or_path: {type(model).__name__} cannot read a text of {len(ids)} tokens: {cause(error)}"
         ) from error
     if (first - second).abs().max() > 1e-3 * (first - first.mean(-1, keepdim=True)).abs().max():
         raise DecafError(

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerState
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import EvalLoopOutput, PredictionOutput, TrainOutput, rotate_checkpoints
-from transformers.utils import ModelOutput
 
 from . import checkpoint, environment, exchange, optimizer_state
 from .adapters import CONSENSUS, add_agents, agent_name, digest, frozen, save_adapter, trainable, with_rank, write
@@ -36,7 +35,7 @@ from .agent_data import check_alike, check_data, check_list, column, concatenate
 from .algorithms import ALGORITHMS
 from .config import DECIDING, DecentralizedConfig
 from .errors import DecafError
-from .hosting import Hosting
+from .hosting import Hosting, rows_of
 from .hub import publish
 from .launch import process_name, span
 from .metrics import lower_is_better
@@ -159,6 +158,10 @@ class DecentralizedMixin:
             faults=Faults(args.link_failure, args.agent_absence, fault_seed(args.seed)),
             robust=args.robust,
         )
+        # in the order in which a stock Trainer adds their norms up, so that not a bit differs on any processor
+        place = {parameter: index for index, parameter in enumerate(self.model.parameters())}
+        adapters = self.decaf_network.parameters.values()
+        self._decaf_clipped = [sorted(place.keys() & own.values(), key=place.__getitem__) for own in adapters]
         self._decaf_process_names = exchange.gather_objects(self.decaf_processes, process_name(self.decaf_processes))
         self.decaf_left: list[checkpoint.Gone] = []  # processes that stayed away, with their agents
         self.decaf_gone: dict[int, bytes] = {}  # the files of these agents in the checkpoint that was resumed
@@ -401,7 +404,8 @@ class DecentralizedMixin:
         count = len(self.decaf_agents)
         tokens = [None] * count if self._decaf_tokens is None else self._decaf_tokens
         total = len(labels)
-        each = [_rows_of(outputs, index, count, total) for index in range(count)]
+        share = total // count
+        each = [rows_of(outputs, slice(start, start + share), total) for start in range(0, total, share)]
         parts = zip(each, labels.chunk(count), tokens, strict=True)
         losses = torch.stack([self._decaf_rows_loss(*part) for part in parts])
         self._decaf_agent_losses = losses.detach()
@@ -455,14 +459,7 @@ class DecentralizedMixin:
     def _clip_grad_norm(self, model: nn.Module) -> Tensor:
         """Clip each agent's gradient by its own norm; returns the mean of the norms."""
         self.accelerator.unscale_gradients()
-        place = {parameter: index for index, parameter in enumerate(self.model.parameters())}
-        norms = [
-            # in the order in which a stock Trainer adds them up, so that not a bit differs on any processor
-            nn.utils.clip_grad_norm_(
-                sorted(place.keys() & own.values(), key=place.__getitem__), self.args.max_grad_norm
-            )
-            for own in self.decaf_network.parameters.values()
-        ]
+        norms = [nn.utils.clip_grad_norm_(own, self.args.max_grad_norm) for own in self._decaf_clipped]
         return torch.stack(norms).mean()
 
     def decaf_choose_hosting(self, inputs: dict[str, Any] | None = None) -> None:
@@ -1040,16 +1037,6 @@ def _joined(judged: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     count = len(first["agents"])
     agents = [join({name: own["agents"][agent] for name, own in judged.items()}) for agent in range(count)]
     return {"on": "own" if all(own["on"] == "own" for own in judged.values()) else "global", **whole, "agents": agents}
-
-
-def _rows_of(value: Any, index: int, count: int, total: int) -> Any:
-    """The part of a model's outputs that belongs to one of `count` agents with as many of the `total` rows each."""
-    if isinstance(value, Tensor):
-        return value.chunk(count)[index] if value.dim() and value.shape[0] == total else value
-    if isinstance(value, Mapping):
-        own = {name: _rows_of(part, index, count, total) for name, part in value.items()}
-        return type(value)(**own) if isinstance(value, ModelOutput) else own
-    return tuple(_rows_of(part, index, count, total) for part in value) if type(value) is tuple else value
 
 
 def _comparable(args: DecentralizedConfig) -> dict[str, str]:

@@ -9,8 +9,9 @@ import sys
 import pytest
 from datasets import ClassLabel, Dataset
 
+from decaf_hf.agent_data import check_alike
 from decaf_hf.errors import DecafError
-from decaf_hf.labels import Found, alike, find_labels, ordered, same_class_names, settle
+from decaf_hf.labels import Found, alike, find_labels, ordered, settle
 
 from .agents import run_agents
 from .tiny_recipe import sites_of
@@ -67,9 +68,9 @@ def test_class_labels_that_all_declare_keep_their_order(tmp_path):
 
 
 def test_fault_a6_names_of_classes_are_compared_for_whoever_numbers_them():
-    same_class_names({"agent 0": ["a", "b"], "agent 1": ("a", "b")})
-    with pytest.raises(DecafError, match="agent 0 are a, b, those of agent 2 b, a: one number"):
-        same_class_names({"agent 0": ["a", "b"], "agent 1": ["a", "b"], "agent 2": ["b", "a"]})
+    check_alike({0: {"labels": ("a", "b")}, 1: {"labels": ("a", "b")}}, {}, ())
+    with pytest.raises(DecafError, match=r"agent 0 and agent 2 number the classes .*: agent 0 a, b; agent 2 b, a"):
+        check_alike({0: {"labels": ("a", "b")}, 1: {"labels": ("a", "b")}, 2: {"labels": ("b", "a")}}, {}, ())
 
 
 # spellings

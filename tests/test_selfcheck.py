@@ -474,7 +474,7 @@ def test_the_trial_changes_nothing(tmp_path):
     trainer, task = run.build_trainer(recipe, sites, Processes())
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     state = torch.get_rng_state()
-    selfcheck.rehearse(trainer, task, recipe, sites.labels)
+    selfcheck.rehearse(trainer, task, recipe)
     assert torch.equal(torch.get_rng_state(), state)
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
@@ -489,3 +489,14 @@ def test_fault_b1_what_fails_in_training_or_judging_fails_first_in_one_line(tmp_
     monkeypatch.setattr(f"transformers.Trainer.{what}", fail)
     err = refusal(write_recipe(tmp_path))
     assert "IndexError: index out of range in self; nothing was written" in err
+
+
+def test_too_little_memory_in_the_trial_is_told_as_anywhere_else(tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("transformers.Trainer.training_step", fail)
+    code, _, err = command("train", write_recipe(tmp_path))
+    assert (code, err.count("\n")) == (1, 1)
+    assert "out of memory; lower training.per_device_train_batch_size" in err
+    assert not (tmp_path / "run").exists()

@@ -35,22 +35,7 @@ SITES = [tiny.texts(9 + 2 * agent, agent) for agent in range(2)]
 
 
 def config(folder, **changes):
-    return DecentralizedConfig(
-        **{
-            "output_dir": str(folder),
-            "num_agents": 2,
-            "local_steps": 1,
-            "max_steps": 2,
-            "per_device_train_batch_size": 3,
-            "learning_rate": 0.05,
-            "optim": "sgd",
-            "report_to": "none",
-            "save_strategy": "no",
-            "use_cpu": True,
-            "disable_tqdm": True,
-            **changes,
-        }
-    )
+    return tiny.arguments(folder, **{"num_agents": 2, "local_steps": 1, "max_steps": 2, **changes})
 
 
 def made(folder, cls=DecentralizedTrainer, model=None, sites=SITES, options=None, **changes):

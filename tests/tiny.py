@@ -147,30 +147,32 @@ def lora(**changes) -> LoraConfig:
     return LoraConfig(**{**usual, **changes})
 
 
+def arguments(folder, **changes) -> DecentralizedConfig:
+    """Four agents on a ring; SGD, two local steps, three rounds."""
+    usual = {
+        "output_dir": str(folder),
+        "num_agents": 4,
+        "local_steps": 2,
+        "max_steps": 6,
+        "per_device_train_batch_size": 3,
+        "learning_rate": 0.05,
+        "optim": "sgd",
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+    }
+    return DecentralizedConfig(**{**usual, **changes})
+
+
 def trainer(folder, model=None, lora_config=None, sites=None, **changes) -> DecentralizedTrainer:
-    """Four agents of 9 to 15 texts on a ring; SGD, two local steps, three rounds."""
+    """Agents of 9 to 15 texts with the usual `arguments`."""
     sites = [texts(9 + 2 * agent, agent) for agent in range(changes.get("num_agents", 4))] if sites is None else sites
     extra = {name: changes.pop(name) for name in ("eval_dataset", "compute_metrics", "callbacks") if name in changes}
-    args = DecentralizedConfig(
-        **{
-            "output_dir": str(folder),
-            "num_agents": 4,
-            "local_steps": 2,
-            "max_steps": 6,
-            "per_device_train_batch_size": 3,
-            "learning_rate": 0.05,
-            "optim": "sgd",
-            "report_to": "none",
-            "save_strategy": "no",
-            "use_cpu": True,
-            "dataloader_pin_memory": False,
-            "disable_tqdm": True,
-            **changes,
-        }
-    )
     return DecentralizedTrainer(
         model=bert() if model is None else model,
-        args=args,
+        args=arguments(folder, **changes),
         train_dataset=sites,
         data_collator=collate,
         peft_config=lora_config or lora(),
